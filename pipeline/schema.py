@@ -89,8 +89,9 @@ def output_schema(
 def plain_type(type: pa.DataType) -> pa.DataType:
     """Return the type in which a column is written.
 
-    Views, dictionaries and extensions such as tensors, on every level, become the types that all readers of
-    Parquet know, and that can be sorted and joined.
+    Views, dictionaries, fixed-size lists and extensions such as tensors, on every level, become the types
+    that every reader of Parquet knows, and that can be sorted and joined. pyarrow before version 26 cannot
+    read fixed-size lists of which one is null.
     """
     types = pa.types
     if isinstance(type, pa.BaseExtensionType) and not isinstance(type, (pa.UuidType, pa.JsonType)):
@@ -101,12 +102,10 @@ def plain_type(type: pa.DataType) -> pa.DataType:
         return pa.binary()
     if types.is_dictionary(type):
         return plain_type(type.value_type)
-    if types.is_list(type) or types.is_list_view(type):
+    if types.is_list(type) or types.is_list_view(type) or types.is_fixed_size_list(type):
         return pa.list_(plain_type(type.value_type))
     if types.is_large_list(type) or types.is_large_list_view(type):
         return pa.large_list(plain_type(type.value_type))
-    if types.is_fixed_size_list(type):
-        return pa.list_(plain_type(type.value_type), type.list_size)
     if types.is_struct(type):
         return pa.struct([pa.field(field.name, plain_type(field.type)) for field in type])
     if types.is_map(type):

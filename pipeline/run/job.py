@@ -87,4 +87,4 @@ class Job:
         # Runs of version 0.1.0 do not know the types of kept columns.
         kept = self.run.kept or [pa.field(name, pa.null()) for name in self.settings.reading.kept]
         has_member = self.settings.reading.schema_version > 1
-        return output_schema(kept, outputs.fields(self.info), outputs.caption, has_member)
+        return output_schema(kept, outputs.fields, outputs.caption, has_member)

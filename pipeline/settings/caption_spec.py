@@ -97,6 +97,7 @@ class CaptionSpec:
 
         return result_fields(self.outputs.caption, self.options.num_return_sequences)
 
-    def fields(self, info: ModelInfo) -> tuple[pa.Field, ...]:
-        """Return all columns that the stage adds: results, then the columns that the user has named."""
-        return (*self.result_fields, *self.outputs.fields(info))
+    @property
+    def fields(self) -> tuple[pa.Field, ...]:
+        """All columns that the stage adds: results, then the columns that the user has named."""
+        return (*self.result_fields, *self.outputs.fields)

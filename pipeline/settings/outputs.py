@@ -224,16 +224,13 @@ class Outputs:
             refuse_taken_names(names, taken, flag)
             taken += names
 
-    def fields(self, info: ModelInfo) -> tuple[pa.Field, ...]:
-        """Return the named columns with their types."""
+    @property
+    def fields(self) -> tuple[pa.Field, ...]:
+        """The named columns with their types."""
         import pyarrow as pa  # --help does not need it
 
-        vector = pa.list_(pa.float32(), info.qformer_width)
-        kinds = {
-            "vision": pa.list_(pa.float32(), info.vision_width),
-            "qformer": vector,
-            "queries": pa.list_(vector, info.num_queries),
-        }
+        vector = pa.list_(pa.float32())
+        kinds = {"vision": vector, "qformer": vector, "queries": pa.list_(vector)}
         return (
             *([] if self.calibration is None else [pa.field(CONFIDENCE, pa.float32())]),
             *(pa.field(name, pa.string()) for name in self.asks),

@@ -57,9 +57,9 @@ class CaptionStage:
         self.actor = Blip2Actor(spec.engine, spec.options)
         self._spec = spec = spec.resolved(self.actor.info)
         options = spec.options
-        self.named = outputs.fields(self.actor.info)
+        self.named = outputs.fields
         self.captioned = outputs.caption
-        self.fields = spec.fields(self.actor.info)
+        self.fields = spec.fields
         self._embeddings_and_scores = EmbeddingsAndScores(
             outputs, self.actor.engine, score_engine, spec.text_prefix
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -46,32 +45,9 @@ def columns_of(rows: Sequence[RowResult], named: Sequence[pa.Field]) -> dict[str
     }
     for column in named:
         values = [row.named.get(column.name) if row.result.ok else None for row in rows]
-        if pa.types.is_fixed_size_list(column.type):
-            vectors = typing.cast(Sequence[np.ndarray | None], values)
-            columns[column.name] = fixed_size_lists(vectors, column.type)
-        else:
-            columns[column.name] = pa.array(values, column.type)
+        # pyarrow takes lists of vectors, but no matrix.
+        cells = [
+            list(value) if isinstance(value, np.ndarray) and value.ndim == 2 else value for value in values
+        ]
+        columns[column.name] = pa.array(cells, column.type)
     return columns
-
-
-def fixed_size_lists(arrays: Sequence[np.ndarray | None], type: pa.DataType) -> pa.Array:
-    """Convert arrays of one shape to fixed-size lists, nested for matrices; None becomes null.
-
-    Args:
-        arrays: each float32[N] or float32[N, M].
-        type: the Arrow type of one entry.
-    """
-    shape = []
-    inner = type
-    while pa.types.is_fixed_size_list(inner):
-        shape.append(inner.list_size)
-        inner = inner.value_type
-    values = np.zeros((len(arrays), *shape), np.float32)
-    for row, array in enumerate(arrays):
-        if array is not None:
-            values[row] = array
-    lists: pa.Array = pa.array(values.ravel())
-    for size in reversed(shape[1:]):
-        lists = pa.FixedSizeListArray.from_arrays(lists, size)
-    is_missing = pa.array([array is None for array in arrays], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(lists, shape[0], mask=is_missing)

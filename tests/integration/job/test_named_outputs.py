@@ -78,7 +78,7 @@ def test_a_job_with_everything_at_once(tmp_path, table):
     trace = str(tmp_path / "trace")
     refused = fake_caption(pixels_of(table[3]["image"]), table[3]["ask"])
     assert caption(settings(tmp_path), FakeEngineConfig(trace=trace, refuses_on=(refused,))) == 0
-    kept, named = [pa.field("alt", pa.string())], settings(tmp_path).outputs.fields(ENGINE.info())
+    kept, named = [pa.field("alt", pa.string())], settings(tmp_path).outputs.fields
     with pytest.raises(FingerprintMismatch, match=r"outputs.ask.color: 'Question: .*' -> 'What color\?'"):
         prepare(settings(tmp_path, ask="What color?"), ENGINE)
     assert by_status(tmp_path) == [*["ok"] * 3, "refused", "ok", "undecodable", "ok", "ok"]

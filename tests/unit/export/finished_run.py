@@ -22,7 +22,7 @@ from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 
-SCHEMA = output_schema([], [pa.field("color", pa.string()), pa.field("vector", pa.list_(pa.float32(), 2))])
+SCHEMA = output_schema([], [pa.field("color", pa.string()), pa.field("vector", pa.list_(pa.float32()))])
 
 
 def write_run(source: Path, output: Path, failed: Collection[int] = ()) -> list[dict[str, Any]]:

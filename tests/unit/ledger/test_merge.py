@@ -15,6 +15,7 @@ from pipeline.ledger import merge as merge_module
 from pipeline.ledger.commit import commit_shard, read_rows
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.merge import Merge, PieceGone
+from pipeline.schema import plain_type
 from pipeline.storage.folder import Folder
 from tests.unit.ledger.test_fragments import rows
 
@@ -58,6 +59,7 @@ def test_every_type_can_be_written(tmp_path, type, values):
     table = pq.read_table(tmp_path / "0.parquet")
     assert table["row"].to_pylist() == [0, 1]
     assert table["kept"].to_pylist() == values[::-1]
+    assert table["kept"].type == plain_type(type)
 
 
 def test_pieces_that_do_not_fit_into_memory_are_read_again(monkeypatch):

@@ -54,7 +54,7 @@ def write_run(root: Path, num_tars: int = 2, rows_per_tar: int = 30, **changes: 
     schema = output_schema(
         [
             pa.field("url", pa.string()),
-            pa.field("vector", pa.list_(pa.float32(), 2)),
+            pa.field("vector", pa.list_(pa.float32())),
             pa.field("color", pa.string()),
             pa.field("fit", pa.float32()),
         ]

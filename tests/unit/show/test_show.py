@@ -28,7 +28,7 @@ from pipeline.show.choice import chosen
 from pipeline.show.table import pages
 from pipeline.storage.folder import Folder
 
-SCHEMA = output_schema([pa.field("color", pa.string()), pa.field("vector", pa.list_(pa.float32(), 2))])
+SCHEMA = output_schema([pa.field("color", pa.string()), pa.field("vector", pa.list_(pa.float32()))])
 ESCAPE = "a \x1b[2Jcat\n\x9bon 猫 a mat"
 """A caption that would clear the terminal."""
 LONG = " word" * 40
