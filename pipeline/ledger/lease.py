@@ -3,9 +3,12 @@
 Several drivers may work on slices of one run. Each slice has a lease, and no shard is in two slices that are
 worked on: slices of another division are refused, and so is a driver for the whole run.
 
-A driver shows that it lives by its heartbeat, a number that changes. Clocks of two machines are never
-compared. On the same machine a dead driver is recognized at once, so that running the command again after a
-kill does not wait.
+A driver shows that it lives by its heartbeat, a number that changes. No clocks of two machines are compared
+to take a lease. On the same machine a dead driver is recognized at once, so that running the command again
+after a kill does not wait.
+
+A driver that was suspended may go on after another has taken its shards. It finds its lease gone at its next
+heartbeat, and starts no commit before that.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
 from typing import Any
 
 from pipeline.errors import OutputInUse
 from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.layout import LEASE, SLICE_LEASES, lease_name, parse_lease_name
 from pipeline.storage.folder import Folder
+from pipeline.storage.retrying import retry_on_oserror
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ BEAT_S = 5.0
 """Seconds between heartbeats."""
 DEAD_AFTER_S = 30.0
 """A driver whose heartbeat does not change for this long is dead."""
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # goes on while the machine is suspended
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,6 @@ class Lease:
         self,
         folder: Folder,
         run_slice: RunSlice | None = None,
-        progress: Callable[[], dict[str, Any]] = dict,
         beat_s: float = BEAT_S,
         dead_after_s: float = DEAD_AFTER_S,
         run: str = "",
@@ -133,41 +136,53 @@ class Lease:
 
         Args:
             run_slice: the part of the run that is worked on; None means all of it.
-            progress: called at each heartbeat, for what `status` shows.
             beat_s: seconds between heartbeats.
             dead_after_s: how long to watch the heartbeat of a driver on another machine.
             run: id of the run, for those who read the lease.
         """
-        self._folder = folder
-        self._slice = run_slice
-        self._name = lease_name(run_slice)
+        self._folder, self._slice, self._name = folder, run_slice, lease_name(run_slice)
         self._dead: set[str] = set()
-        self.progress = progress
-        """Called at each heartbeat; may be replaced while the lease is held."""
-        self._beat_s = beat_s
-        self._dead_after_s = dead_after_s
+        self.progress: Callable[[], dict[str, Any]] = dict
+        """Called at each heartbeat, for what `status` shows; may be replaced while the lease is held."""
+        self._beat_s, self._dead_after_s = beat_s, dead_after_s
         self._me = Holder.of_this_process(run)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
+        self._confirmed = 0.0  # when the last heartbeat that has succeeded was begun
         self.lost = False
         """True once another driver has taken the lease: this driver must stop."""
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether no other driver can have taken the lease, because the last heartbeat is recent."""
+        return not self.lost and time.clock_gettime(_CLOCK) < self._confirmed + self._dead_after_s
+
+    def require(self) -> None:
+        """Raise OutputInUse if another driver has taken the lease; look if that is possible."""
+        self.lost = self.lost or not (self.is_certain or retry_on_oserror(self._is_mine))
+        if self.lost:
+            raise self.taken()
+
+    def taken(self) -> OutputInUse:
+        """Return the error that ends a driver whose lease is lost."""
+        return OutputInUse(f"another driver has taken the lease of {self._folder}; this driver stops")
+
     def __enter__(self) -> Lease:
         self._refuse_while_held()
+        self._confirmed = time.clock_gettime(_CLOCK)
         self._take()
         self._thread.start()
         # Of two drivers that start together, one for a slice and one for the whole run, each sees the
         # heartbeat of the other, and both may find out. In a store without conditions the last to write wins.
         try:
             self._refuse_while_held()
+            self._delete_dead()
         except BaseException:
             self._release()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._release()
 
     def _release(self) -> None:
@@ -188,13 +203,35 @@ class Lease:
         self._write(0)
 
     def _refuse_while_held(self) -> None:
-        """Raise OutputInUse when another driver that lives works on the same shards."""
-        for name, holder in read_holders(self._folder).items():
-            if not (self._may_live(holder) and self._overlaps(parse_lease_name(name))):
-                continue
-            if holder.is_on_this_machine or self._beats(name, holder):
-                raise self._in_use(holder)
-            self._dead.add(holder.token)
+        """Raise OutputInUse when another driver that lives works on the same shards.
+
+        Those of other machines are watched together until a heartbeat changes or all must be dead.
+        """
+        watched = {name: holder for name, holder in self._others().items() if self._may_live(holder)}
+        here = next((holder for holder in watched.values() if holder.is_on_this_machine), None)
+        if here is not None:
+            raise self._in_use(here)
+        deadline = time.monotonic() + self._dead_after_s
+        while watched and time.monotonic() < deadline:
+            time.sleep(min(1.0, self._beat_s / 2))
+            for name, holder in list(watched.items()):
+                now = read_holder(self._folder, name)
+                if now is None:
+                    del watched[name]
+                elif (now.token, now.beat) != (holder.token, holder.beat):
+                    raise self._in_use(holder)
+        self._dead |= {holder.token for holder in watched.values()}
+
+    def _delete_dead(self) -> None:
+        """Delete the leases of dead drivers for our shards: one that goes on must see that it has none."""
+        for name, holder in self._others().items():
+            if not self._may_live(holder) and name != self._name:
+                self._folder.delete(name)
+
+    def _others(self) -> dict[str, Holder]:
+        """Return who holds a lease for shards of ours, or held ours before."""
+        holders = read_holders(self._folder)
+        return {name: holder for name, holder in holders.items() if self._overlaps(parse_lease_name(name))}
 
     def _may_live(self, holder: Holder) -> bool:
         """Return whether it is another driver that is not known to be dead."""
@@ -212,43 +249,29 @@ class Lease:
             return True
         return other == self._slice or other.total != self._slice.total
 
-    def _beats(self, name: str, holder: Holder) -> bool:
-        """Watch a driver of another machine until its heartbeat changes or it must be dead."""
-        deadline = time.monotonic() + self._dead_after_s
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, self._beat_s / 2))
-            now = read_holder(self._folder, name)
-            if now is None:
-                return False
-            if (now.token, now.beat) != (holder.token, holder.beat):
-                return True
-        return False
-
     def _keep_beating(self) -> None:
         beat = 0
         while not self._stop.wait(self._beat_s):
             beat += 1
+            begun = time.clock_gettime(_CLOCK)
             try:
                 if not self._is_mine():
                     self.lost = True
                     return
                 self._write(beat)
+                self._confirmed = begun
             except OSError:
-                # A store that fails for a while costs heartbeats, not the run.
-                continue
+                pass  # A store that fails for a while costs heartbeats, not the run.
             except Exception:  # Without this thread, the driver looks dead.
                 logger.exception("The heartbeat of %s has failed", self._name)
 
     def _is_mine(self) -> bool:
         content = self._folder.get(self._name)
-        if content is None:
-            return False
         try:
-            token = json.loads(content)["token"]
+            return content is not None and json.loads(content)["token"] == self._me.token
         except (ValueError, TypeError, KeyError):
             # Nobody else holds a damaged lease: the next heartbeat repairs it.
             return True
-        return bool(token == self._me.token)
 
     def _write(self, beat: int) -> None:
         self._folder.put(self._name, self._content(beat))

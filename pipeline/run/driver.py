@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from pipeline.attempts.recorder import AttemptRecorder
-from pipeline.errors import OutputInUse, Stopped, StoppedBySignal, TooManyFailures, name_of
+from pipeline.errors import Stopped, StoppedBySignal, TooManyFailures, name_of
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.scan import ShardProgress
@@ -197,8 +197,9 @@ class Driver:
 
     def _commit(self) -> None:
         """Start commits of the shards that are complete now, and collect those that are done."""
-        for report in self._tracker.take_complete():
-            self._committers.start(report)
+        if self._lease.is_certain:  # Else another driver may have begun these shards again.
+            for report in self._tracker.take_complete():
+                self._committers.start(report)
         self._committers.collect(STEP_S if self._committers.are_behind else 0.0)
 
     def _commit_rest(self, stream: ReceiptStream) -> None:
@@ -217,7 +218,7 @@ class Driver:
 
     def _stop_if_needed(self, stream: ReceiptStream) -> None:
         if self._lease.lost:
-            raise OutputInUse(f"another driver has taken the lease of {self._ledger}; this driver stops")
+            raise self._lease.taken()
         if self._stop.number is not None:
             limit_s = FLUSH_S + COMMIT_S
             self._console.say(

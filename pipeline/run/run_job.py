@@ -68,10 +68,12 @@ def run_job(job: Job, console: Console) -> Reconciliation:
                 attempt.connected(cluster)
                 console.phase("looking at the cluster")
                 job = _place(job, left, cluster, console)
+                lease.require()  # This machine may have been suspended meanwhile.
                 job, state = _begin(job, ledger, state, console, attempt)
                 left = _left(job, ledger, state)
                 _announce(job, console, left)
                 _drive(job, ledger, left, cluster, lease, stop, console, attempt)
+            lease.require()
             state = _sweep(job, ledger, ledger.scan())
         else:
             job, state = _begin(job, ledger, state, console, attempt)

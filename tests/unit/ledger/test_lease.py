@@ -136,9 +136,20 @@ def test_a_driver_whose_lease_was_taken_notices_and_leaves_it_alone(folder):
     assert holder_of(folder).token == "other"
 
 
-def test_a_heartbeat_carries_the_progress(folder):
-    with Lease(folder, progress=lambda: {"rows": 7}):
-        assert holder_of(folder).progress == {"rows": 7}
+def test_a_driver_that_was_suspended_is_certain_of_its_lease_only_after_a_heartbeat(folder, monkeypatch):
+    """Another driver may have come and worked meanwhile; this one must ask before it writes."""
+    with Lease(folder, beat_s=60) as lease:
+        assert lease.is_certain
+        monkeypatch.setattr(lease, "_confirmed", lease._confirmed - 3600)
+        assert not lease.is_certain
+        lease.require()
+        put(folder, elsewhere(token="other"))
+        with pytest.raises(OutputInUse, match="another driver has taken the lease"):
+            lease.require()
+    with Lease(folder, beat_s=0.01, dead_after_s=0.05) as lease:
+        monkeypatch.setattr(lease, "_confirmed", 0.0)
+        while not lease.is_certain:
+            assert lease._thread.is_alive()
 
 
 def test_the_source_of_the_progress_can_change_while_the_lease_is_held(folder):
@@ -183,7 +194,8 @@ def test_an_error_of_the_progress_does_not_end_the_heartbeats(folder):
             raise RuntimeError("dictionary changed size during iteration")
         return answer
 
-    with Lease(folder, progress=progress, beat_s=0.01) as lease:
+    with Lease(folder, beat_s=0.01) as lease:
+        lease.progress = progress
         while holder_of(folder).progress != {"rows": 7}:
             assert lease._thread.is_alive()
 

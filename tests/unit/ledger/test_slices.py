@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -100,6 +101,30 @@ def test_of_a_run_and_a_slice_that_start_together_on_two_machines_at_most_one_go
     with ThreadPoolExecutor(2) as pool:
         assert sum(pool.map(hold, [None, RunSlice(1, 2)])) <= 1
     assert read_holders(folder) == {}
+
+
+@pytest.mark.parametrize(("suspended", "next_one"), [(RunSlice(1, 2), None), (None, RunSlice(1, 2))])
+def test_a_suspended_driver_sees_that_its_shards_were_taken_under_another_lease(
+    folder, monkeypatch, suspended, next_one
+):
+    """It found its own lease as it had left it, and worked on next to the other driver."""
+    monkeypatch.setattr("pipeline.ledger.lease._machine", lambda: "")  # of none that can be looked up
+    with Lease(folder, suspended, beat_s=60) as lease:
+        with Lease(folder, next_one, beat_s=0.01, dead_after_s=0.05):
+            assert list(read_holders(folder)) == [lease_name(next_one)]
+            assert not lease._is_mine()
+        assert read_holders(folder) == {}
+
+
+def test_dead_drivers_of_many_slices_are_waited_for_together(folder, monkeypatch):
+    """Each cost half a minute, at every start."""
+    monkeypatch.setattr("pipeline.ledger.lease._machine", lambda: "")
+    for number in range(1, 9):
+        Lease(folder, RunSlice(number, 8))._take()
+    started = time.monotonic()
+    with Lease(folder, beat_s=0.02, dead_after_s=0.5):
+        assert time.monotonic() - started < 2
+        assert list(read_holders(folder)) == [lease_name(None)]
 
 
 def test_two_slices_that_start_together_are_one_run(tmp_path):

@@ -80,7 +80,9 @@ def test_a_run_with_a_driver_shows_its_rate_and_its_end(folder, capsys):
         left_s=90.0,
         busy={"decode": 0.5},
     )
-    with Lease(folder, progress=lambda: dataclasses.asdict(snapshot) | {"of_a_newer_version": 1}):
+    lease = Lease(folder)
+    lease.progress = lambda: dataclasses.asdict(snapshot) | {"of_a_newer_version": 1}
+    with lease:
         assert main(["status", "--output", folder.uri]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("running: process ")
@@ -120,7 +122,9 @@ def test_a_driver_of_another_machine_without_a_heartbeat_is_not_watched_forever(
 
 
 def test_a_program_reads_how_far_a_run_is(folder, capsys):
-    with Lease(folder, progress=lambda: {"num_rows": 150, "of_a_newer_version": 1}):
+    lease = Lease(folder)
+    lease.progress = lambda: {"num_rows": 150, "of_a_newer_version": 1}
+    with lease:
         assert main(["status", folder.uri, "--json"]) == 0
     choose_style("text")
     found = json.loads(capsys.readouterr().out)

@@ -10,16 +10,31 @@ from typing import Any
 import pytest
 
 from pipeline.errors import OutputInUse, Stopped
+from pipeline.ledger.lease import Lease
 from pipeline.run.driver import COMMIT_S, FLUSH_S, Driver
+from pipeline.storage.folder import Folder
 
 
 def test_a_driver_whose_lease_was_taken_stops_at_once_and_writes_nothing(monkeypatch):
     """Another driver works on the output, and commits what it finds there."""
     driver: Any = Driver.__new__(Driver)
-    driver._lease, driver._ledger = SimpleNamespace(lost=True), "/out"
+    driver._lease = Lease(Folder("/out"))
+    driver._lease.lost = True
     monkeypatch.setattr(driver, "_flush", pytest.fail)
     with pytest.raises(OutputInUse, match="another driver has taken the lease of /out"):
         driver._stop_if_needed(None)
+
+
+@pytest.mark.parametrize("is_certain", [True, False])
+def test_no_commit_begins_while_another_driver_may_have_the_lease(is_certain):
+    """A driver that had been suspended began commits before its next heartbeat found the lease gone."""
+    driver: Any = Driver.__new__(Driver)
+    driver._lease = SimpleNamespace(is_certain=is_certain)
+    driver._tracker = SimpleNamespace(take_complete=lambda: ["report"])
+    begun: list[Any] = []
+    driver._committers = SimpleNamespace(start=begun.append, collect=lambda _: None, are_behind=False)
+    driver._commit()
+    assert begun == (["report"] if is_certain else [])
 
 
 def test_what_is_finished_is_written_before_an_end_that_workers_have_named(monkeypatch):
