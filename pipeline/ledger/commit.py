@@ -129,7 +129,7 @@ def _commit(
     is_shared: bool,
 ) -> Summary | None:
     files = list_shard_files(folder, report.shard, report.generation)
-    before, num_before = _pieces_of_file(folder, report.shard)
+    before, num_before = _pieces_of_file(folder, report)
     in_order = sorted(files.fragments, key=lambda fragment: fragment.first)
     merge = Merge([*(partial(read_fragment, folder, f.name) for f in in_order), *before])
     report = _with_changes(folder, report, merge, files.report)
@@ -159,12 +159,23 @@ def _commit(
     return summary
 
 
-def _pieces_of_file(folder: Folder, shard: str) -> tuple[list[Piece], int]:
-    """Return the row groups of the file that a shard has already, and its number of rows."""
-    name = output_name(shard)
+def _pieces_of_file(folder: Folder, report: ShardReport) -> tuple[list[Piece], int]:
+    """Return the row groups of the file that a shard has already, and its number of rows.
+
+    A file of an earlier generation counts as none; it is of a driver that was late.
+
+    Raises:
+        PieceGone: the file is of a later generation, because another driver has begun the shard again.
+    """
+    name = output_name(report.shard)
     try:
         metadata = folder.read(name, pq.read_metadata)
     except FileNotFoundError:
+        return [], 0
+    generation = summary_in(metadata.metadata).generation
+    if generation > report.generation:
+        raise PieceGone
+    if generation < report.generation:
         return [], 0
 
     def read(group: int) -> pa.Table:

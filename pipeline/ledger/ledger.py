@@ -48,7 +48,7 @@ from pipeline.ledger.reconcile import Reconciliation, compare_input, reconcile
 from pipeline.ledger.retry import RowChoice, require_finished, to_retry
 from pipeline.ledger.run_record import Run, read_run, revise_run, write_run
 from pipeline.ledger.scan import OutputState, ShardProgress, scan_output, unfinished
-from pipeline.ledger.summaries import keep_summaries, tidy_summaries
+from pipeline.ledger.summaries import keep_summaries, tidy_summaries, without_outdated
 from pipeline.ledger.sweep import drop_markers, sweep
 from pipeline.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT
@@ -138,7 +138,8 @@ class Ledger:
 
     def scan(self) -> OutputState:
         """List the output once, and sort what is there."""
-        return scan_output(self.folder, self.generations)
+        state = scan_output(self.folder, self.generations)
+        return without_outdated(self.folder, state, self.generations) if self.generations else state
 
     def unfinished(self, run: Run, state: OutputState) -> list[ShardProgress]:
         """Return the shards that have no file yet, with what is known of each."""

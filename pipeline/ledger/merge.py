@@ -33,7 +33,7 @@ Piece = Callable[[], "pa.Table | None"]
 
 
 class PieceGone(Exception):
-    """Another process has deleted a piece: it commits the shard, or has done so."""
+    """Another process has deleted a piece, or begun the shard again: it commits the shard, or has done so."""
 
 
 class Merge:

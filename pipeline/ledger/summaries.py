@@ -17,6 +17,8 @@ from gzip import BadGzipFile
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.caption_counts import CaptionCounts
 from pipeline.ledger.commit import Summary, read_summary
 from pipeline.ledger.fragments import delete_files
@@ -64,6 +66,30 @@ def load_summaries(
         for shard, summary in zip(unknown, read, strict=True)
     }
     return [kept[shard] for shard in shards], frozenset(unknown)
+
+
+def without_outdated(folder: Folder, state: OutputState, generations: Mapping[str, int]) -> OutputState:
+    """Return the state without files of earlier generations of shards, which are leftovers.
+
+    A driver that goes on after it was suspended may have written them.
+
+    Args:
+        generations: of the shards that were begun again.
+    """
+    again = [shard for shard in generations if shard in state.finished]
+    kept = _load_kept(folder, state) if again else {}
+
+    def is_outdated(shard: str) -> bool:
+        try:
+            summary = kept.get(shard) or read_summary(folder, shard)
+        except (OSError, pa.ArrowException, ValueError, TypeError, KeyError):
+            return False  # `verify` says what is wrong with a file that cannot be read.
+        return summary.generation < generations[shard]
+
+    outdated = [shard for shard, found in zip(again, at_once(is_outdated, again), strict=True) if found]
+    return replace(
+        state.without(outdated), leftovers=(*state.leftovers, *(state.written[s].name for s in outdated))
+    )
 
 
 def tidy_summaries(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from pipeline.ledger.commit import Summary
-from pipeline.ledger.layout import FRAGMENTS, LEASE, OLD_SHARD_REPORTS, PLAN_FOLDERS
+from pipeline.ledger.layout import FRAGMENTS, LEASE, OLD_SHARD_REPORTS, PLAN_FOLDERS, is_result
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
 
@@ -37,9 +37,10 @@ def find_removable(
         has_dead_lease: whether the lease in the output is that of a driver that has died.
     """
     of_state = (FRAGMENTS, OLD_SHARD_REPORTS)
-    outdated = [name for name in state.leftovers if name.startswith(of_state)]
+    outdated = [name for name in state.leftovers if name.startswith(of_state) or is_result(name)]
     plans = [name for name in state.leftovers if name.startswith(PLAN_FOLDERS)]
-    temporary = [name for name in state.leftovers if not name.startswith((*of_state, PLAN_FOLDERS))]
+    others = {*outdated, *plans}
+    temporary = [name for name in state.leftovers if name not in others]
     merged: list[str] = []
     waiting: dict[str, int] = {}
     if run is None:

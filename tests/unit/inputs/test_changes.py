@@ -111,6 +111,33 @@ def test_fragments_that_arrive_late_do_not_join_a_shard_that_was_begun_again(tmp
     assert [name for name in Folder(str(tmp_path / "out")).names() if "late" in name or ".rows" in name] == []
 
 
+@pytest.mark.parametrize("moment", ["before work", "at work, and the driver dies", "after the commit"])
+def test_a_late_commit_does_not_mix_into_a_shard_that_was_begun_again(tmp_path, moment):
+    """A driver that goes on after it was suspended committed rows of the old tar into the file of the new."""
+    write_tar(tmp_path / "in/0.tar", "k0", "k1", "k2")
+    straggler = prepare_run(tmp_path)
+    straggler.ledger.begin(straggler.run)
+    write_tar(tmp_path / "in/0.tar", "k0", "k1", content="new")
+    job = prepare_run(tmp_path, redo_changed=True)
+
+    def commit_late() -> None:
+        straggler.ledger.write_fragment(fragment_rows([0, 1, 2], shard="0.tar", word="late"))
+        straggler.ledger.commit(ShardReport(shard="0.tar", num_rows=3, complete=True), {})
+
+    if moment == "before work":
+        job.ledger.revise(job.run, job.redone)
+        commit_late()
+    elif moment == "after the commit":
+        work(job)
+        commit_late()
+    else:
+        work(job, max_tables=1, after_table=commit_late)
+    job = prepare_run(tmp_path)
+    assert work(job).exit_status(0.0) == 0
+    assert captions(tmp_path)["0.tar"] == rows_of("k0", "k1", content="new")
+    assert job.ledger.scan().fragments == {}
+
+
 @pytest.mark.parametrize("how", ["replaced", "written over"])
 def test_a_tar_that_changes_while_it_is_read_gives_no_row(tmp_path, how):
     """Its rows may be of both files. The shard is partial and says so, and `retry` reads the new file."""
