@@ -12,6 +12,9 @@ from pipeline.endpoint.client import Endpoint, pause_s, reason_of
 SILENT_S = 60.0
 """The endpoint sends an empty line each second; after this long without any, it is gone."""
 
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, EOFError)
+"""What reading a line raises that is no outcome."""
+
 
 class WorkRefused(Exception):
     """The endpoint has answered with another code than 200."""
@@ -41,11 +44,13 @@ class Connection:
         self._connection: http.client.HTTPConnection | None = None
 
     def outcomes(
-        self, kind: str, body: bytes, on_admitted: Callable[[], None]
+        self, kind: str, body: bytes, number: int, on_admitted: Callable[[], None]
     ) -> Generator[tuple[int, Outcome] | None, None, None]:
         """Send a request, and yield positions and outcomes; None while the endpoint is at work on it.
 
         Args:
+            kind: the content type.
+            number: of what is wanted.
             on_admitted: called when the endpoint has taken the request.
 
         Raises:
@@ -67,8 +72,10 @@ class Connection:
                 found = json.loads(line)
                 if "index" not in found:
                     raise BrokenOff(str(found["error"]), found["status"])
+                if found["index"] not in range(number):
+                    raise BrokenOff(f"has sent an outcome with the index {found['index']!r}, of {number}")
                 yield found["index"], outcome_of(found)
-        except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+        except (OSError, http.client.HTTPException, *MALFORMED) as error:
             raise BrokenOff(f"has broken its answer off: {error!r}") from error
         finally:
             if not response.isclosed():

@@ -234,7 +234,7 @@ class RemoteEngine:
         """Send one request and deliver its results; what has none goes again after a pause."""
         kind, body = form_of([(one.image, one.ask) for one in wanted], self._model)
         try:
-            with closing(connection.outcomes(kind, body, self._outage.end)) as outcomes:
+            with closing(connection.outcomes(kind, body, len(wanted), self._outage.end)) as outcomes:
                 for found in outcomes:
                     if found is None and all(one.future.done() for one in wanted):
                         return  # all are cancelled; the endpoint sees it by the closed connection

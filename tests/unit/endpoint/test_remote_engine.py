@@ -163,8 +163,14 @@ def test_a_key_that_is_refused_for_long_ends_the_job(
     assert isinstance(last, KeyRefused) and f"answers {code}: no" in last.state and last.seconds > 0.1
 
 
-@pytest.mark.parametrize("how", ["hang-up", "overloaded", "timeout", "unavailable", "no-end"])
-def test_what_an_answer_lacks_is_asked_again_and_nothing_else(how: str) -> None:
+_OUTCOME = b'{"index": %s, "status": "ok", "error": null, "completions": [], "num_prompt_tokens": 1}'
+LINES = (b"[]", b"7", b"null", b"{}", *(_OUTCOME % index for index in (b"99", b"-1", b"null")))
+"""That no endpoint of this project sends."""
+
+
+@pytest.mark.parametrize("how", ["hang-up", "overloaded", "timeout", "unavailable", "no-end", *LINES])
+def test_what_an_answer_lacks_is_asked_again_and_nothing_else(how: str | bytes) -> None:
+    """A line that was no JSON object ended the worker, as if its engine were broken."""
     asked: list[int] = []
     lock = threading.Lock()
 
@@ -179,6 +185,9 @@ def test_what_an_answer_lacks_is_asked_again_and_nothing_else(how: str) -> None:
         if how == "hang-up":
             exchange.hang_up()
         elif how == "no-end":
+            exchange.end()
+        elif isinstance(how, bytes):
+            exchange.send(how + b"\n")
             exchange.end()
         else:
             exchange.break_off(how)
