@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,8 +21,12 @@ from pipeline.ledger.scan import OutputState, ShardProgress, unfinished
 from pipeline.ledger.summaries import load_summaries
 from pipeline.progress import count
 from pipeline.rowset import RowSet
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, at_once
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying_file import read_file
+
+WHOLE = ((0, None),)
+"""What is missing of a shard that must be read from its beginning to its unknown end."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class RowChoice:
         """Return the rows of a table that are not chosen.
 
         Args:
-            rows: with the columns row, key and status.
+            rows: with the columns row and status, and key if keys are chosen.
         """
         if self.statuses:
             is_chosen = pc.is_in(rows["status"], pa.array(sorted(self.statuses)))
@@ -86,25 +91,37 @@ def to_retry(folder: Folder, run: Run, state: OutputState, choice: RowChoice) ->
     concerned = [summary for summary in summaries if choice.concerns(summary)]
     in_fragments = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in concerned})
     progress = unfinished(folder, run, state)
-    for summary in concerned:
-        rows = read_rows(folder, summary.shard, ["row", "key", "status"])
-        assert rows is not None
-        done = choice.others(rows)
-        if not choice.is_all and done.covers(summary.num_rows):
-            continue
-        done.update(in_fragments[summary.shard])
-        progress.append(ShardProgress(by_name[summary.shard], done, report_of(summary)))
+    # In batches, so that the keys of all shards never are in memory together.
+    for start in range(0, len(concerned), MAX_CONCURRENT_REQUESTS):
+        batch = concerned[start : start + MAX_CONCURRENT_REQUESTS]
+        for summary, done in zip(batch, at_once(partial(_others, folder, choice), batch), strict=True):
+            if not choice.is_all and done.covers(summary.num_rows):
+                continue
+            done.update(in_fragments[summary.shard])
+            progress.append(ShardProgress(by_name[summary.shard], done, report_of(summary)))
     return progress
 
 
+def _others(folder: Folder, choice: RowChoice, summary: Summary) -> RowSet:
+    """Return the rows of a finished shard that are not chosen."""
+    rows = read_rows(folder, summary.shard, ["row", "status", *(() if choice.keys is None else ("key",))])
+    assert rows is not None
+    return choice.others(rows)
+
+
 def describe_work(left: Sequence[ShardProgress], choice: RowChoice) -> str:
-    """Say how many rows are run again."""
-    spans = [span for progress in left for span in progress.work.missing or ()]
-    num_rows = sum(stop - start for start, stop in spans if stop is not None)
-    is_open = any(stop is None for _, stop in spans)
+    """Say how many rows are run again; of a shard that is read from its beginning, nobody knows how many."""
+    works = [progress.work.missing or () for progress in left]
+    spans = [span for missing in works if missing != WHOLE for span in missing]
+    num_whole = works.count(WHOLE)
+    phrases = [f"all rows of {count(num_whole, 'shard')} to run again"] if num_whole else []
+    if spans or not phrases:
+        num_rows = sum(stop - start for start, stop in spans if stop is not None)
+        rest = ", and what partial shards lack" if any(stop is None for _, stop in spans) else ""
+        num_shards = len(left) - num_whole
+        phrases.insert(0, f"{count(num_rows, 'row')} to run again in {count(num_shards, 'shard')}{rest}")
     of_keys = "" if choice.keys is None else f", of {count(len(choice.keys), 'key')}"
-    rest = ", and what partial shards lack" if is_open else ""
-    return f"{count(num_rows, 'row')} to run again in {count(len(left), 'shard')}{rest}{of_keys}"
+    return "; ".join(phrases) + of_keys
 
 
 def require_finished(folder: Folder, run: Run, state: OutputState) -> None:

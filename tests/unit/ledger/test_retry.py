@@ -95,6 +95,10 @@ def test_it_says_how_many_rows_are_run_again(ledger):
     assert said(RowChoice()) == "3 rows to run again in 2 shards, and what partial shards lack"
     assert said(RowChoice(frozenset({"failed"}))) == "2 rows to run again in 1 shard"
     assert said(RowChoice(keys=frozenset({"a1", "c0"}))) == "1 row to run again in 1 shard, of 2 keys"
+    state = state.without(["b.tar", "c.tar"])  # as --redo-changed leaves them
+    assert said(RowChoice()) == "3 rows to run again in 1 shard; all rows of 2 shards to run again"
+    state = state.without(["a.tar"])
+    assert said(RowChoice()) == "all rows of 3 shards to run again"
 
 
 def test_a_file_of_keys_has_one_a_line(tmp_path):
