@@ -164,3 +164,13 @@ class ShardReport:
     """Digest of a sample of the file's bytes (`pipeline.inputs.stamps`), if the shard is one file."""
     note: str | None = None
     """What a person must know of rows that are complete otherwise, such as a kept column that is null."""
+
+    def replaces(self, known: ShardReport | None) -> bool:
+        """Return whether this report counts from now on, after the shard was read again.
+
+        One that could read less does not replace one that could read more: rows that were there once count,
+        unless the input has changed.
+        """
+        if known is None or self.complete or self.changed:
+            return True
+        return not known.complete and known.num_rows <= self.num_rows

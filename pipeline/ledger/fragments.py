@@ -235,14 +235,10 @@ def delete_files(folder: Folder, names: Sequence[str]) -> None:
 
 
 def store_shard_report(folder: Folder, report: ShardReport) -> None:
-    """Store the report of a shard; safe to call twice, as Ray may read a shard again.
-
-    A report that could read less does not replace one that could read more: rows that were there once count,
-    unless the input has changed.
-    """
+    """Store the report of a shard if it replaces the stored one; safe to call twice."""
     if not (report.complete or report.changed):
         known = read_shard_report(folder, shard_report_name(report.shard, report.generation))
-        if known is not None and (known.complete or known.num_rows > report.num_rows):
+        if not report.replaces(known):
             return
     name = shard_report_name(report.shard, report.generation, report.changed)
     folder.put(name, json.dumps(asdict(report)).encode())

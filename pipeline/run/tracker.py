@@ -43,7 +43,8 @@ class Tracker:
 
     @property
     def num_failed(self) -> int:
-        return self.num_rows - self.by_status[Status.OK.value]
+        # A receipt of which only some rows are new counts the statuses of all.
+        return max(0, self.num_rows - self.by_status[Status.OK.value])
 
     @property
     def num_open(self) -> int:
@@ -64,9 +65,9 @@ class Tracker:
             self.by_status.update(dict(receipt.by_status))
 
     def add_report(self, report: ShardReport) -> None:
-        """Note how reading a shard ended."""
+        """Note how reading a shard ended; Ray may read it again, and report it again."""
         progress = self._open.get(report.shard)
-        if progress is None:
+        if progress is None or not report.replaces(progress.report):
             return
         before = _length(progress)
         self._num_unknown -= before is None

@@ -42,6 +42,25 @@ def test_rows_that_arrive_twice_count_once():
     assert (tracker.num_rows, tracker.num_failed) == (4, 4)
 
 
+def test_no_rows_fail_when_receipts_overlap():
+    """After the deaths of the coordinator and a worker: "-5 failed"."""
+    tracker = Tracker([open_shard()])
+    tracker.add(receipt(0, 10))
+    tracker.add(receipt(5, 15))
+    assert (tracker.num_rows, tracker.num_failed) == (15, 0)
+
+
+def test_a_second_reading_that_ends_early_does_not_replace_the_first():
+    """Ray reads a shard again for lost blocks. The store failed then, and a whole shard became partial."""
+    tracker = Tracker([open_shard()])
+    tracker.add_report(report_of(12))
+    tracker.add_report(ShardReport(shard="a", num_rows=4, complete=False, reason="503"))
+    tracker.add(receipt(0, 4))
+    assert tracker.take_complete() == []
+    tracker.add(receipt(4, 12))
+    assert tracker.take_complete() == [report_of(12)]
+
+
 def test_a_straggler_of_a_committed_shard_is_ignored():
     tracker = Tracker([open_shard(report=report_of(2))])
     tracker.add(receipt(0, 2))
