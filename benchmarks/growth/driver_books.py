@@ -45,7 +45,7 @@ class DriverBooks:
             Tracker(left)
         with self._part("read_tasks"):
             work = [progress.work for progress in left]
-            source = ShardDatasource(work, settings.read_options, partial(report_shard, None, ledger))
+            source = ShardDatasource(work, settings.read_options, partial(report_shard, None, ledger.folder))
             for task in source.get_read_tasks(source.num_tasks):
                 cloudpickle.dumps(task)
 

@@ -29,18 +29,16 @@ MAX_WAITING = 32
 class Committer:
     """A plain class; the job makes actors of it that reserve no CPU."""
 
-    def __init__(self, coordinator: Any) -> None:
+    def __init__(
+        self, coordinator: Any, ledger: Ledger, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
+    ) -> None:
+        """Take the output once, and not with each commit: it opens its store, and may name many shards."""
         tell_coordinator(coordinator)
+        self._ledger, self._metadata, self._empty_schema = ledger, metadata, empty_schema
 
-    def commit(
-        self,
-        ledger: Ledger,
-        report: ShardReport,
-        metadata: Mapping[bytes, bytes],
-        empty_schema: pa.Schema,
-    ) -> Summary | None:
+    def commit(self, report: ShardReport) -> Summary | None:
         with timed(COMMIT_S), noted(f"committing {report.shard}", report.shard):
-            return ledger.commit(report, metadata, empty_schema)
+            return self._ledger.commit(report, self._metadata, self._empty_schema)
 
 
 class Committers:
@@ -61,12 +59,11 @@ class Committers:
             empty_schema: the schema of a shard without rows.
             coordinator: handle of the job's `Coordinator` actor, which hears when the output fails.
         """
-        self._arguments = (metadata, empty_schema)
+        self._arguments = (coordinator, ledger, metadata, empty_schema)
         self._ledger = ledger
         self._class = ray.remote(Committer).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
         )
-        self._coordinator = coordinator
         self._actors: deque[Any] = deque()
         """In the order in which they get the next commits."""
         self._under_way: list[Any] = []
@@ -81,7 +78,7 @@ class Committers:
         num_cpus = int(ray.cluster_resources().get("CPU", 0.0))
         wanted = max(1, min(MAX_COMMITTERS, num_cpus // CPUS_PER_COMMITTER))
         while len(self._actors) < wanted:
-            self._actors.append(self._class.remote(self._coordinator))
+            self._actors.append(self._class.remote(*self._arguments))
         while len(self._actors) > wanted:
             self._actors.popleft()
 
@@ -105,7 +102,7 @@ class Committers:
             self.resize()
         actor = self._actors[0]
         self._actors.rotate(-1)
-        self._under_way.append(actor.commit.remote(self._ledger, report, *self._arguments))
+        self._under_way.append(actor.commit.remote(report))
 
     def collect(self, wait_s: float = 0.0) -> None:
         """Take back the commits that are done; wait at most `wait_s` seconds for one.

@@ -63,7 +63,7 @@ def receipts_dataset(
         source = ShardDatasource(
             work,
             settings.read_options,
-            partial(report_shard, coordinator, ledger),
+            partial(report_shard, coordinator, ledger.folder),
             partial(tell_coordinator, coordinator),
             job.run.kept,
         )

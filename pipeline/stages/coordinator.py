@@ -22,13 +22,14 @@ import ray
 
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.fragments import store_shard_report
 from pipeline.metrics import DEVICE_FAILURES, REPLAYED_CALLS, STAGE_BUSY_S, STAGE_WORKERS, label_with_run
 from pipeline.rowset import Range, RowSet
 from pipeline.stages.device_health import Device, DeviceFailure, DeviceFailures
 from pipeline.stages.receipts import Receipt
 from pipeline.stages.storage_trouble import WorkerTrouble
 from pipeline.stages.worker_log import tell_origins
+from pipeline.storage.folder import Folder
 
 MAX_DEATHS_ALONE = 2
 """Deaths of the process while a row runs alone, after which the row fails. One death may be chance: a node
@@ -270,15 +271,15 @@ class Coordinator:
         )
 
 
-def report_shard(coordinator: Any, ledger: Ledger, report: ShardReport) -> None:
+def report_shard(coordinator: Any, output: Folder, report: ShardReport) -> None:
     """Store how reading a shard ended, and tell the coordinator.
 
     The driver learns it from the coordinator. The stored report is for the next driver.
 
     Args:
-        ledger: the output; its requests are retried.
+        output: its requests are retried. Each read task has a copy of it.
     """
-    ledger.store_shard_report(report)
+    store_shard_report(output, report)
     ray.get(coordinator.was_read.remote(report))
 
 

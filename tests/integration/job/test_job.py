@@ -247,7 +247,7 @@ def test_a_shard_that_cannot_be_committed_ends_the_job_with_its_own_message(tmp_
     """The job ended in a traceback, in which a second error hid the first; and no caption may be lost."""
 
     class Failing(Committer):
-        def commit(self, ledger, report, metadata, empty_schema):
+        def commit(self, report):
             raise pa.ArrowInvalid(f"a fragment of {report.shard[:5]} is damaged")
 
     truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=5)
