@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from pipeline.attempts.attempt import STAGES, WorkerLoad
@@ -40,6 +40,34 @@ class Machines:
         if stage == "write":
             return "a faster store for the output would help"
         return "a faster store for the input, or more and smaller shards, would help"
+
+
+class Existences:
+    """Ends the existence of workers that are gone; the coordinator takes them for idle ones."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, str], WorkerLoad] = {}
+
+    def end(
+        self, loads: Mapping[str, Mapping[str, WorkerLoad]], at_work: Collection[str]
+    ) -> dict[str, dict[str, WorkerLoad]]:
+        """Return the loads; those of workers that are gone stay as they were when these were first missed.
+
+        Args:
+            loads: by stage and worker.
+            at_work: the workers that are there. None may be known before the first and after the last row.
+        """
+        if at_work:
+            self._last = {
+                (stage, worker): self._last.get((stage, worker), load)
+                for stage, of in loads.items()
+                for worker, load in of.items()
+                if worker not in at_work
+            }
+        return {
+            stage: {worker: self._last.get((stage, worker), load) for worker, load in of.items()}
+            for stage, of in loads.items()
+        }
 
 
 def busy_fractions(loads: Mapping[str, Mapping[str, WorkerLoad]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from pipeline.attempts.attempt import WorkerLoad
 from pipeline.attempts.recorder import AttemptRecorder
 from pipeline.errors import Stopped, StoppedBySignal, TooManyFailures, name_of
 from pipeline.ledger.lease import Lease
@@ -19,7 +20,7 @@ from pipeline.ledger.scan import ShardProgress
 from pipeline.metrics import SHARDS, label_with_run
 from pipeline.placement.reservations import Reservations
 from pipeline.progress import Console, ProgressSnapshot, Rate
-from pipeline.run.bottleneck import busy_fractions, describe_run
+from pipeline.run.bottleneck import Existences, busy_fractions, describe_run
 from pipeline.run.cluster import log_folder
 from pipeline.run.committers import Committers
 from pipeline.run.failure import describe_failure, end_named_by
@@ -27,7 +28,7 @@ from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
 from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
-from pipeline.stages.coordinator import Coordinator, Load, News
+from pipeline.stages.coordinator import Coordinator, News
 from pipeline.stages.storage_trouble import describe
 from pipeline.watch.members import Members
 
@@ -100,7 +101,8 @@ class Driver:
         self._rate = Rate()
         self._snapshot: ProgressSnapshot | None = None
         self._checked = 0.0
-        self._loads: dict[str, dict[str, Load]] = {}
+        self._existences = Existences()
+        self._loads: dict[str, dict[str, WorkerLoad]] = {}
         self._trouble: str | None = None
         self._end: Stopped | None = None
         label_with_run()
@@ -157,10 +159,11 @@ class Driver:
             self._tracker.add(receipt)
         for report in news.shard_reports:
             self._tracker.add_report(report)
-        self._loads = news.loads
+        self._members.look()
+        self._loads = self._existences.end(news.loads, self._members.at_work)
         self._export()
         tracker = self._tracker
-        self._attempt.note(tracker.num_rows, news.loads, news.warnings, news.quantization, tracker.mean_rows)
+        self._attempt.note(tracker.num_rows, self._loads, news.warnings, news.quantization, tracker.mean_rows)
         self._say_start(news)
         self._console.count_warnings(news.warnings)
         self._stop.store_fails = bool(news.troubles)
@@ -169,7 +172,6 @@ class Driver:
             self._console.fail(f"{failure.device} has failed: {failure.reason}; its images go again")
         self._end = self._end or end_named_by(news)
         self._committers.resize()
-        self._members.look()
 
     def _export(self) -> None:
         """Set the metrics that only the driver knows."""

@@ -87,6 +87,12 @@ class Members:
         is_stalled = self.awaited is not None and not self._view.of(CAPTIONING)
         return f"waiting for {self.awaited}" if is_stalled else None
 
+    @property
+    def at_work(self) -> set[str]:
+        """The workers that are at work, by the names that they give themselves (`worker_name`)."""
+        workers = self._view.workers.values()
+        return {f"{self._view.host(each)}-{each.pid}" for each in workers if each.state == RUNS}
+
     def look(self) -> None:
         """Look at the cluster, and say what is new."""
         with contextlib.suppress(ray.exceptions.RayError, ConnectionError, RuntimeError):

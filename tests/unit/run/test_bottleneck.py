@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.run.bottleneck import TOO_SHORT, Machines, busy_fractions, describe_bottleneck
+from pipeline.run.bottleneck import TOO_SHORT, Existences, Machines, busy_fractions, describe_bottleneck
 from pipeline.stages.coordinator import Load
 
 TWO_CORES = Machines(num_cpus=2, num_accelerators=0, num_workers={"caption": 1, "decode": 2})
@@ -38,3 +38,16 @@ def test_more_actors_are_advised_only_if_there_is_something_to_run_on(
     """On two cores the advice was more captioning actors, which would have shared the same two cores."""
     machines = Machines(num_cpus=cpus, num_accelerators=accelerators, num_workers={stage: workers})
     assert advice in describe_bottleneck({stage: 0.9}, 3600, machines)
+
+
+def test_a_worker_that_is_gone_counts_no_longer_as_one_with_nothing_to_do():
+    """Workers of lost nodes made a stage look idle, and reading was named as the bottleneck."""
+    existences = Existences()
+    for second in range(1, 101):
+        busy_s = {"a-1": min(second, 10.0), "b-1": max(0.0, second - 10.0)}
+        loads = {"caption": {worker: Load(busy_s[worker], float(second)) for worker in busy_s}}
+        at_work = {"a-1", "b-1"} if second <= 10 else {"b-1"}
+        found = existences.end(loads, at_work)
+    assert found["caption"] == {"a-1": Load(10.0, 11.0), "b-1": Load(90.0, 100.0)}
+    assert existences.end(loads, ()) == found, "at the end the others are let go"
+    assert Existences().end(loads, ()) == loads
