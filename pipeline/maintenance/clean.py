@@ -17,7 +17,7 @@ from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.inputs.changes import name_some
 from pipeline.ledger.commit import Summary, read_summary
 from pipeline.ledger.layout import LEASE, PLAN_FOLDERS, STATE
-from pipeline.ledger.lease import Lease, driver_at_work
+from pipeline.ledger.lease import Lease, driver_at_work, read_holders
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.maintenance.removable import Removable, find_removable
@@ -47,16 +47,16 @@ def clean(settings: CleanSettings) -> int:
             f"output must have no driver while it is cleaned, got {ledger} while {holder} works on it; "
             "wait for it, or stop it"
         )
-    has_dead_lease = None in ledger.drivers()  # of the whole run
+    dead_leases = [*read_holders(ledger.folder)]
     if settings.yes:
-        with Lease(ledger.folder):  # Its end deletes the lease, and so that of a dead driver.
+        with Lease(ledger.folder):  # which also deletes the leases of dead drivers
             if run is not None:
                 ledger.require_unrevised(run)  # fragments of new shards would look like those of no shard
-            found = _find(ledger, run, has_dead_lease)
+            found = _find(ledger, run, dead_leases)
             _delete(ledger, run, found.removable.names)
         ledger.folder.drop_if_empty(ASIDE)
     else:
-        found = _find(ledger, run, has_dead_lease)
+        found = _find(ledger, run, dead_leases)
     if console.is_json:
         by_reason = {reason: list(names) for reason, names in found.removable.by_reason.items()}
         console.event("clean", files=by_reason, num_bytes=found.num_bytes, is_deleted=settings.yes)
@@ -79,7 +79,7 @@ class Found:
         return sum(self.sizes.values())
 
 
-def _find(ledger: Ledger, run: Run | None, has_dead_lease: bool) -> Found:
+def _find(ledger: Ledger, run: Run | None, dead_leases: Sequence[str]) -> Found:
     """List the output, and find what is of no use."""
     state = ledger.scan()
     files = {file.name: file for file in ledger.folder.files(STATE)}
@@ -87,7 +87,7 @@ def _find(ledger: Ledger, run: Run | None, has_dead_lease: bool) -> Found:
     young = {name for name, file in files.items() if name.startswith(PLAN_FOLDERS) and file.written > before}
     state = replace(state, leftovers=tuple(name for name in state.leftovers if name not in young))
     summaries = _summaries(ledger.folder, state.finished & state.fragments.keys())
-    removable = find_removable(run, state, summaries, has_dead_lease)
+    removable = find_removable(run, state, summaries, dead_leases)
     return Found(removable, {name: files[name].num_bytes for name in removable.names if name in files})
 
 
@@ -105,7 +105,7 @@ def _summaries(folder: Folder, shards: Iterable[str]) -> dict[str, Summary]:
 def _delete(ledger: Ledger, run: Run | None, names: Sequence[str]) -> None:
     """Delete files, and the folders of a disk that are empty then."""
     folder = ledger.folder
-    at_once(folder.delete, [name for name in names if name != LEASE])
+    at_once(folder.delete, [name for name in names if name != LEASE])  # that is ours now
     if folder.is_local:
         for path, _, _ in os.walk(folder.path(STATE), topdown=False):
             folder.drop_if_empty(os.path.relpath(path, folder.root))

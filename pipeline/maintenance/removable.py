@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
 from pipeline.ledger.commit import Summary
-from pipeline.ledger.layout import FRAGMENTS, LEASE, OLD_SHARD_REPORTS, PLAN_FOLDERS, is_result
+from pipeline.ledger.layout import FRAGMENTS, OLD_SHARD_REPORTS, PLAN_FOLDERS, is_result
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
 
@@ -26,7 +26,7 @@ class Removable:
 
 
 def find_removable(
-    run: Run | None, state: OutputState, summaries: Mapping[str, Summary], has_dead_lease: bool
+    run: Run | None, state: OutputState, summaries: Mapping[str, Summary], dead_leases: Iterable[str]
 ) -> Removable:
     """Sort the state files of an output.
 
@@ -34,7 +34,7 @@ def find_removable(
         run: the run in the output; None if there is none, and then only temporary files and lists of
             shards are of no use.
         summaries: of the finished shards that have fragments. A shard without one keeps them.
-        has_dead_lease: whether the lease in the output is that of a driver that has died.
+        dead_leases: names of the leases of drivers that have died.
     """
     of_state = (FRAGMENTS, OLD_SHARD_REPORTS)
     outdated = [name for name in state.leftovers if name.startswith(of_state) or is_result(name)]
@@ -59,12 +59,13 @@ def find_removable(
                 merged += names
             else:
                 waiting[shard] = len(names)
-    by_reason = {
+    by_reason: dict[str, Iterable[str]] = {
         "temporary files of processes that have died": temporary,
         "files of plans that were killed": plans,
         "lists of shards of runs that were never begun": state.unread_lists(run),
         "rows of shards that were begun again": outdated,
         "rows that are also in the files of finished shards": merged,
-        "the lease of a driver that has died": [LEASE] if has_dead_lease else [],
+        "leases of drivers that have died": dead_leases,
     }
-    return Removable({reason: tuple(sorted(names)) for reason, names in by_reason.items() if names}, waiting)
+    sorted_names = {reason: tuple(sorted(names)) for reason, names in by_reason.items()}
+    return Removable({reason: names for reason, names in sorted_names.items() if names}, waiting)

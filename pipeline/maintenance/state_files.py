@@ -10,7 +10,7 @@ from pipeline.inputs.changes import name_some
 from pipeline.ledger.commit import Summary
 from pipeline.ledger.fragments import Fragment, is_intact
 from pipeline.ledger.layout import STATE, is_result, output_name
-from pipeline.ledger.lease import read_holder
+from pipeline.ledger.lease import read_holders
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
 from pipeline.maintenance.removable import find_removable
@@ -69,7 +69,7 @@ def check_leftovers(
     folder: Folder, run: Run, state: OutputState, summaries: Mapping[str, Summary]
 ) -> Iterator[Finding]:
     """Yield what dead processes have left behind. It does no harm."""
-    found = find_removable(run, state, summaries, has_dead_lease=read_holder(folder) is not None)
+    found = find_removable(run, state, summaries, read_holders(folder))
     for reason, names in found.by_reason.items():
         yield Finding(
             "leftovers",

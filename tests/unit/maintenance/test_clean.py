@@ -13,8 +13,9 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.inputs.reader import ShardReport
+from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.fragments import store_shard_report, write_fragment
-from pipeline.ledger.layout import LEASE, RUN_FILE
+from pipeline.ledger.layout import LEASE, RUN_FILE, lease_name
 from pipeline.ledger.lease import Holder, Lease
 from pipeline.maintenance.clean import clean
 from pipeline.maintenance.settings import CleanSettings, VerifySettings
@@ -43,7 +44,8 @@ def folder(tmp_path: Path) -> Folder:
     retried = rows([1], shard="in/1.tar", word="retried")  # of a retry: better than the row in the file
     write_fragment(folder, retried.set_column(0, retried.schema.field("key"), pa.array(["y"])))
     dead = dataclasses.replace(Holder.of_this_process(), process_start="1")
-    folder.put(LEASE, json.dumps(dataclasses.asdict(dead)).encode())
+    for lease in (LEASE, lease_name(RunSlice(1, 2))):
+        folder.put(lease, json.dumps(dataclasses.asdict(dead)).encode())
     return folder
 
 
@@ -61,10 +63,10 @@ def test_it_only_lists_unless_it_is_told_to_delete(folder, capsys):
         "files of plans that were killed: 1 file, 4 bytes",
         "rows of shards that were begun again: 3 files, ",
         "rows that are also in the files of finished shards: 1 file, ",
-        "the lease of a driver that has died: 1 file, ",
+        "leases of drivers that have died: 2 files, ",
         "    _blip2/probe-1, _blip2/tmp/half",
         "kept: 1 fragment of a retry that was stopped; blip2 retry goes on with them",
-        "to be deleted: 8 files, ",
+        "to be deleted: 9 files, ",
     ):
         assert line in said
 
@@ -72,7 +74,7 @@ def test_it_only_lists_unless_it_is_told_to_delete(folder, capsys):
 def test_what_is_of_no_use_is_deleted_and_a_retry_goes_on_with_the_rest(folder, tmp_path, capsys):
     table = pq.read_table(folder.path(TAR))
     assert cleaned(folder, yes=True) == 0
-    assert "deleted: 8 files, " in capsys.readouterr().out
+    assert "deleted: 9 files, " in capsys.readouterr().out
     kept = ("/fragments/in/1.tar.rows/", "/summaries/")
     left = {name for name in folder.names("_blip2") if not any(part in name for part in kept)}
     assert left == {"_blip2/run.json", "_blip2/shards.jsonl.gz", PLANS[1]}
@@ -126,7 +128,7 @@ def test_a_driver_of_another_machine_counts_while_its_heartbeat_is_young(folder,
     assert cleaned(folder) == 1
     os.utime(folder.path(LEASE), (1, 1))
     assert cleaned(folder) == 0
-    assert "the lease of a driver that has died" in capsys.readouterr().out
+    assert "leases of drivers that have died: 2 files" in capsys.readouterr().out
 
 
 def test_a_run_that_is_not_finished_keeps_its_rows(folder, capsys):
