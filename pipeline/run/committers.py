@@ -22,6 +22,8 @@ from pipeline.stages.storage_trouble import tell_coordinator
 
 CPUS_PER_COMMITTER = 4
 MAX_COMMITTERS = 8
+MAX_STARTS = 10
+"""A commit during which its process has died as often would kill the next one too, without end."""
 MAX_WAITING = 32
 """With more commits under way, the driver waits for some of them."""
 
@@ -34,11 +36,17 @@ class Committer:
     ) -> None:
         """Take the output once, and not with each commit: it opens its store, and may name many shards."""
         tell_coordinator(coordinator)
+        self._coordinator = coordinator
         self._ledger, self._metadata, self._empty_schema = ledger, metadata, empty_schema
 
     def commit(self, report: ShardReport) -> Summary | None:
         with timed(COMMIT_S), noted(f"committing {report.shard}", report.shard):
-            return self._ledger.commit(report, self._metadata, self._empty_schema)
+            number = ray.get(self._coordinator.begin_commit.remote(report.shard))
+            if number > MAX_STARTS:
+                raise RuntimeError(f"its process has died {number - 1} times, perhaps for lack of memory")
+            summary = self._ledger.commit(report, self._metadata, self._empty_schema)
+            self._coordinator.end_commit.remote(report.shard)
+            return summary
 
 
 class Committers:

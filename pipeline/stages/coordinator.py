@@ -138,6 +138,7 @@ class Coordinator:
         label_with_run()
         tell_origins()
         self._calls: dict[str, _Call] = {}
+        self._commits: Counter[str] = Counter()
         self._loads: dict[str, dict[str, tuple[float, float]]] = {}
         self._new_receipts: list[Receipt] = []
         self._new_reports: list[ShardReport] = []
@@ -193,6 +194,15 @@ class Coordinator:
     def end_call(self, call: str) -> None:
         """Forget a call that has returned."""
         self._calls.pop(call, None)
+
+    def begin_commit(self, shard: str) -> int:
+        """Note that the commit of a shard starts; return how often it has, as each death starts it again."""
+        self._commits[shard] += 1
+        return self._commits[shard]
+
+    def end_commit(self, shard: str) -> None:
+        """Forget the commit of a shard that has ended."""
+        del self._commits[shard]
 
     def stop(self) -> None:
         """Ask all calls to write the rows that are finished and return."""
