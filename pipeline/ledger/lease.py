@@ -109,7 +109,7 @@ def read_holders(folder: Folder) -> dict[str, Holder]:
 
 
 def driver_at_work(folder: Folder) -> Holder | None:
-    """Return a driver that holds a lease, unless it is known to be dead or has long sent no heartbeat."""
+    """Return a driver that holds a lease, unless it has died, or by our clock has long sent no heartbeat."""
     for name, holder in read_holders(folder).items():
         silent_s = folder.seconds_since_write(name)
         may_send = holder.is_on_this_machine or silent_s is None or silent_s < DEAD_AFTER_S

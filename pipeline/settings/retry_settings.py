@@ -1,6 +1,6 @@
 """The settings of `blip2 retry`: what may differ from the earlier run without changing its rows.
 
-What is not given is as it was in the earlier run.
+What is not given is as it was when the run began; what its later starts were given is not stored.
 """
 
 from __future__ import annotations

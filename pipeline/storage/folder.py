@@ -233,7 +233,10 @@ class Folder:
             )
 
     def seconds_since_write(self, name: str) -> float | None:
-        """Return how long ago a file was written, by the clock of the store, or None when there is none."""
+        """Return how long ago a file was written, or None when there is none.
+
+        It is the difference of two clocks: that of this machine and that of the store.
+        """
         file = self.file(name)
         return None if file is None or not file.written else time.time() - file.written
 
