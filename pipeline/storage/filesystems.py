@@ -22,7 +22,7 @@ from fsspec.core import url_to_fs
 from blip2_actor.flags import split_uri
 from blip2_actor.installation import install_hint
 from pipeline.errors import InputError
-from pipeline.storage.fsspec_errors import HandlerWithOSErrors
+from pipeline.storage.fsspec_errors import MISTAKES, HandlerWithOSErrors
 from pipeline.storage.secrets import hide_secrets, without_secrets
 
 BUCKET_SCHEMES = ("s3", "gs", "gcs")
@@ -49,6 +49,8 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     scheme, separator, place = uri.partition("://")
     if scheme in BUCKET_SCHEMES and separator and not place:
         raise InputError(f"{uri} must name a bucket, as in {uri}bucket/folder")
+    if scheme == "hf" and separator and not place:
+        raise InputError(f"{uri} must name a repository, as in {uri}datasets/NAMESPACE/NAME")
     if scheme in BUCKET_SCHEMES and separator:
         _require_plain_names(uri, place)
     if not separator:
@@ -76,7 +78,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     except OSError as error:
         hint = "; name the bucket's region: ?region=us-east-1" if scheme == "s3" else ""
         raise InputError(f"{shown} cannot be reached: {hide_secrets(str(error))}{hint}") from None
-    except ValueError as error:
+    except (ValueError, *MISTAKES) as error:  # fsspec may raise anything if a scheme needs more than a URI.
         reason = hide_secrets(str(error))
         hint = _how_to_write(uri)
         raise InputError(

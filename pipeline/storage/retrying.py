@@ -27,7 +27,12 @@ TELL_EVERY_S = 1.0
 
 Place = Literal["output", "input", "endpoint"]
 
-_NEVER = (FileNotFoundError, PermissionError, IsADirectoryError)
+
+class InvalidArgument(OSError):
+    """A store's client refuses what it is asked for, such as a malformed name, before it asks the store."""
+
+
+_NEVER = (FileNotFoundError, PermissionError, IsADirectoryError, InvalidArgument)
 _NEVER_ERRNOS = (errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL)
 _REFUSED_BY_STORE = re.compile(
     r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_\w+)"

@@ -71,6 +71,10 @@ def test_what_cannot_be_loaded_costs_its_row_and_says_why(loader: ImageLoader, t
             "/dev/zero": ("unreadable", "a regular file"),
             "a\x00b": ("unreadable", "null"),
             "foo://x/y": ("unreadable", "foo"),
+            "github://x/y": ("unreadable", "'org' and 'repo'"),  # was a TypeError, which ended the job
+            "dir://x/y": ("unreadable", "a URI that fsspec knows"),
+            "hf://": ("unreadable", "must name a repository"),
+            "hf://x": ("unreadable", "must be 'namespace/name'"),  # was tried again for half a minute
             "data:image/png,abc": ("undecodable", "not in base64"),
         }
         found = list(loader.load(cases))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import JSONDecodeError
 from types import SimpleNamespace
 
 import pyarrow.fs as pafs
@@ -9,6 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.storage.fsspec_errors import HandlerWithOSErrors, oserrors
+from pipeline.storage.retrying import InvalidArgument
 
 
 class ClientError(Exception):
@@ -35,7 +37,8 @@ def raised_for(error: Exception) -> Exception:
         (ClientError(status_code=410), FileNotFoundError),  # azure
         (ClientError(code="401"), PermissionError),  # gcsfs
         (ClientError(), OSError),
-        (ValueError("a body that is no JSON"), OSError),
+        (JSONDecodeError("a body that is no JSON", "<html>", 0), OSError),
+        (ValueError("Repository id must be 'namespace/name'"), InvalidArgument),  # huggingface_hub
         (TimeoutError("slow"), TimeoutError),
         (PermissionError("no"), PermissionError),
     ],
