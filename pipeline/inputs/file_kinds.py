@@ -8,9 +8,10 @@ unless its files are named one by one.
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -32,6 +33,8 @@ from pipeline.storage.filesystems import at_once, join, open_filesystem
 FORMAT_NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
 FORMATS: tuple[Format, ...] = tuple(FORMAT_NOUNS)
 """The formats that `--format` may name."""
+RUN_RECORD = "_blip2/run.json"
+"""A folder that holds this file is the output of a run."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,9 @@ def choose_files(
     for name in formats:
         if given or kinds.counts[name] == len(found.files):  # Of 10^8 files, none is looked at again.
             return Chosen({name: found.files}, Unread(num_excluded=num_excluded))
-    rest = _count_endings(file for file in found.files if format_in(file) is None and file not in own)
+    left_out = [file for file in found.files if format_in(file) is None and file not in own]
+    own |= _in_outputs(found.root, [file for file in left_out if format_of(file) == "parquet"])
+    rest = _count_endings(file for file in left_out if file not in own)
     if not formats and not may_lack:
         _refuse_nothing(found, wanted, rest, len(own))
 
@@ -217,6 +222,30 @@ def _own_outputs(root: str, tables: Sequence[str], known: Collection[str]) -> li
 
     tables = [table for table in tables if table not in known]
     return [table for table, own in zip(tables, at_once(is_own, tables), strict=True) if own]
+
+
+def _in_outputs(root: str, tables: Sequence[str]) -> set[str]:
+    """Return the tables in folders of outputs, which hold the state of a run; no table is opened."""
+    if not tables:
+        return set()
+    filesystem, base = open_filesystem(root)
+
+    def is_output(folder: str) -> bool:
+        with contextlib.suppress(OSError, pa.ArrowException):
+            (info,) = filesystem.get_file_info([join(join(base, folder), RUN_RECORD)])
+            return info.type == pafs.FileType.File
+        return False
+
+    folders = sorted({folder for table in tables for folder in _folders_above(table)})
+    outputs = {folder for folder, is_one in zip(folders, at_once(is_output, folders), strict=True) if is_one}
+    return {table for table in tables if not outputs.isdisjoint(_folders_above(table))}
+
+
+def _folders_above(file: str) -> Iterator[str]:
+    """Yield each folder that a file is in, the root as an empty name last."""
+    while file:
+        file = posixpath.dirname(file)
+        yield file
 
 
 def _belongs_to_a_tool(file: str) -> bool:

@@ -52,7 +52,11 @@ def test_captions_next_to_photos_do_not_make_the_folder_one_of_two_kinds(tmp_pat
     run(tmp_path, output=str(tmp_path / "in/captions"))
     again = run(tmp_path, output=str(tmp_path / "in/captions"))
     assert (again.num_rows, again.exit_status(0.0)) == (1, 0)
-    assert prepare_run(tmp_path).notes == ("left out: 1 file of an earlier run",)
+    left_out = ("left out: 1 file of an earlier run",)
+    assert prepare_run(tmp_path).notes == left_out
+    # A resume and --format open no table, and called it a file that is not read.
+    assert prepare_run(tmp_path, output=str(tmp_path / "in/captions")).notes == left_out
+    assert prepare_run(tmp_path, format="folder").notes == left_out
 
 
 def test_an_output_is_read_if_its_files_are_named_one_by_one(tmp_path):
