@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, cast
 
 from blip2_actor import Status
@@ -37,6 +37,9 @@ _NOT_OF_A_SAMPLE = re.compile(r"(.*/)?(__MACOSX|@eaDir|PaxHeaders?(\.\d+)?|\.[^.
 
 BY_CONTENT = "images without an extension"
 """What stands for the extension of a member whose name has none."""
+MAX_HELD_IMAGES = 16
+"""Images of a sample that wait for its other members. `clip.000000.jpg` and all that follow share a key, so a
+sample may be a whole tar; it is yielded in parts as soon as its kept members are there."""
 
 
 @dataclass(slots=True)
@@ -58,17 +61,24 @@ class Sample:
     key: str
     first_row: int
     """Number of the row of the first image."""
-    extensions: list[str] = field(default_factory=list)
+    extensions: dict[str, None] = field(default_factory=dict)
+    """Those of all members in their order, also of earlier parts of the sample."""
     images: list[ImageMember] = field(default_factory=list)
     members: dict[str, bytes] = field(default_factory=dict)
     """Content of the kept members and texts, by extension."""
     status: Status | None = None
     """Why a kept member or a text cannot be had; all rows of the sample fail then."""
     error: str | None = None
+    is_continued: bool = False
+    """Whether a part of the sample was yielded before."""
 
     @property
     def num_rows(self) -> int:
         return max(1, len(self.images))
+
+    def next_part(self, first_row: int) -> Sample:
+        """Return the sample without the images that were yielded."""
+        return replace(self, first_row=first_row, images=[], is_continued=True)
 
 
 class SampleReader:
@@ -121,7 +131,11 @@ class SampleReader:
                     if sample is not None and self._count_rows(sample):
                         yield sample
                     sample = Sample(key, self.num_rows)
-                sample.extensions.append(extension)
+                elif len(sample.images) >= MAX_HELD_IMAGES and self._has_kept(sample):
+                    if self._count_rows(sample):
+                        yield sample
+                    sample = sample.next_part(self.num_rows)
+                sample.extensions[extension] = None
                 is_in_sample = True
                 self._take(sample, extension, member, archive)
         except TAR_ERRORS as error:
@@ -130,12 +144,15 @@ class SampleReader:
             if sample is not None:
                 if is_in_sample and not isinstance(error, TarEndsEarly):
                     self._drop_last_member(sample)
-                has_all = bool(sample.images) and self._other_extensions <= {*sample.extensions}
-                if has_all and self._count_rows(sample):
+                if sample.images and self._has_kept(sample) and self._count_rows(sample):
                     yield sample
             raise
         if sample is not None and self._count_rows(sample):
             yield sample
+
+    def _has_kept(self, sample: Sample) -> bool:
+        """Return whether the kept members and texts of a sample have been found."""
+        return self._other_extensions <= sample.extensions.keys()
 
     def _split_name(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> tuple[str | None, str]:
         """Return key and extension of a member; the key is None if it is no sample's."""
@@ -159,7 +176,7 @@ class SampleReader:
 
     def _drop_last_member(self, sample: Sample) -> None:
         """Forget the last member of a sample, whose content is not whole."""
-        last = sample.extensions.pop()
+        last, _ = sample.extensions.popitem()
         if sample.images and sample.images[-1].extension == last:
             sample.images.pop()
 
@@ -168,6 +185,8 @@ class SampleReader:
 
         Members without an image are not a row if their key was counted before: they belong to that sample.
         """
+        if not sample.images and sample.is_continued:
+            return False
         if not sample.images and sample.key in self._keys:
             late = self._other_extensions.intersection(sample.extensions)
             if late:

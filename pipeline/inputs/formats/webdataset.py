@@ -79,7 +79,7 @@ def first_extensions(shard: Shard, max_samples: int) -> list[list[str]]:
     try:
         with open_tar(shard) as archive:
             for sample in SampleReader(ReadOptions(), lambda row: False).read(archive):
-                found.append(sample.extensions)
+                found.append(list(sample.extensions))
                 if len(found) == max_samples:
                     break
     except TAR_ERRORS:

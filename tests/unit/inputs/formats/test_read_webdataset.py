@@ -13,7 +13,10 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.inputs.formats import samples
 from pipeline.inputs.formats.rows import escape_name
+from pipeline.inputs.formats.tar import open_tar
+from pipeline.inputs.reader import ReadOptions
 from tests.unit.inputs.formats.reading_cases import (
     encoded,
     read_rows,
@@ -100,6 +103,26 @@ def test_members_with_dotted_names_are_a_row_each_and_a_limit_may_cut_between_th
     for limit in (1, 2, 3):
         rows, report = read_rows(replace(dotted, max_rows=limit))
         assert len(rows) == report.num_rows == limit and report.complete
+
+
+@pytest.mark.parametrize("keep", [(), ("txt",), ("json",)])
+def test_the_images_of_a_sample_that_is_a_whole_tar_are_not_held_at_once(tmp_path, monkeypatch, keep):
+    """`clip.000000.jpg` and all that follow share a key, and a worker held the images of the whole tar."""
+    clip = [(f"clip.{at:03}.jpg", b"%d" % at) for at in range(40)]
+    members = [*clip[:5], ("clip.txt", b"t"), *clip[5:], ("clip.json", b"{}"), ("b.jpg", b"b"), clip[0]]
+    content = tar_bytes(members)
+    # As a whole, and cut in the padding, in the content and in the header of an image in the middle.
+    for end in (len(content), *(tarfile.BLOCKSIZE * 60 - cut for cut in (1, 511, 513))):
+        shard, found = write_tar_shard(tmp_path, content[:end]), []
+        for limit in (1, 1000):
+            monkeypatch.setattr(samples, "MAX_HELD_IMAGES", limit)
+            found.append(read_rows(shard, keep=keep))
+        assert found[0] == found[1]
+    monkeypatch.setattr(samples, "MAX_HELD_IMAGES", 1)
+    with open_tar(write_tar_shard(tmp_path, content)) as tar:
+        read = list(samples.SampleReader(ReadOptions(keep=keep), lambda row: True).read(tar))
+    assert [len(sample.images) for sample in read][:2] == {(): [1, 1], ("txt",): [5, 1]}.get(keep, [40, 1])
+    assert sum(sample.num_rows for sample in read) == 42
 
 
 def test_a_run_of_version_1_takes_the_first_image_of_a_sample(tmp_path):
