@@ -29,6 +29,8 @@ from pipeline.progress import count
 from pipeline.schema import FINGERPRINT_KEY
 from pipeline.storage.file_table import FileTable
 from pipeline.storage.filesystems import at_once, join, open_filesystem
+from pipeline.storage.retrying import is_final
+from pipeline.storage.retrying_file import open_input
 
 FORMAT_NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
 FORMATS: tuple[Format, ...] = tuple(FORMAT_NOUNS)
@@ -202,12 +204,18 @@ class _Kinds:
 
 
 def _head(filesystem: pafs.FileSystem, path: str) -> bytes:
-    """Return the first bytes of a file; none if it cannot be read."""
+    """Return the first bytes of a file; none if it cannot be read.
+
+    Raises:
+        InputError: the store fails, so it is not known whether the file is an image.
+    """
     try:
-        with filesystem.open_input_stream(path, compression=None, buffer_size=None) as file:
-            return file.read(HEAD_BYTES)
-    except (OSError, UnicodeError, pa.ArrowException):
-        return b""
+        with open_input(filesystem, path) as file:
+            return file.read(HEAD_BYTES) or b""
+    except OSError as error:
+        if isinstance(filesystem, pafs.LocalFileSystem) or is_final(error):
+            return b""
+        raise InputError(f"{path} cannot be read, whose name does not tell its format: {error}") from error
 
 
 def _own_outputs(root: str, tables: Sequence[str], known: Collection[str]) -> list[str]:

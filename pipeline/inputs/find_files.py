@@ -63,6 +63,8 @@ def find_files(name: str, may_lack: bool = False) -> FoundFiles:
         if not pattern:
             return _find_plain(name, root, query, filesystem, base, may_lack)
         files, absent, one_by_one = _find_matching(filesystem, base, expand_braces(pattern))
+    except UnicodeEncodeError:  # Arrow finds no such file by its name, but lists it.
+        raise InputError(f"{name!a} must be a name in UTF-8; rename the file or its folder") from None
     except (OSError, pa.ArrowException) as error:
         if may_lack and isinstance(error, FileNotFoundError):  # the folder of a glob is gone
             return FoundFiles(name=name, root=root + query, files=FileTable(), one_by_one=False)

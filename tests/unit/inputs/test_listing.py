@@ -261,6 +261,9 @@ def test_the_bytes_of_a_remote_folder_are_known(tmp_path):
 def test_a_name_that_no_output_file_could_have_is_refused(tmp_path):
     (tmp_path / "\udcff.tar").write_bytes(b"")
     assert "is not valid UTF-8" in refusal_of(tmp_path)
+    assert "must be a name in UTF-8; rename" in refusal_of(
+        tmp_path / "\udcff.tar"
+    )  # was a UnicodeEncodeError
 
 
 def test_names_that_the_state_has_for_its_own_files_are_refused(tmp_path):

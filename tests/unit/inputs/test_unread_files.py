@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.errors import InputError
@@ -141,9 +144,34 @@ def test_images_without_an_ending_are_recognized_by_their_content(tmp_path):
     for format in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF", "JPEG2000"):
         (tmp_path / format).write_bytes(encoded(format))
     (tmp_path / "notes").write_text("BM is not always a bitmap")
+    (tmp_path / "\udcff").write_bytes(encoded("PNG"))  # Arrow opens no such name if it is not encoded.
     listing = list_input(str(tmp_path))
-    assert listing.shards[0].files == ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
+    names = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP", "\udcff")
+    assert listing.shards[0].files == names
     assert listing.unread == Unread({"without ending": 1})
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (OSError("AWS Error SLOW_DOWN"), pytest.raises(InputError, match="0 cannot be read, whose name")),
+        (PermissionError("AWS Error ACCESS_DENIED"), nullcontext()),
+    ],
+)
+def test_an_image_without_an_ending_is_not_left_out_because_a_store_fails(
+    tmp_path, monkeypatch, error, outcome
+):
+    """It was counted as a file that is not read, and the run ended as if it had all images."""
+
+    def fail(filesystem: pafs.FileSystem, path: str) -> None:
+        raise error
+
+    store = MemoryFileSystem()
+    store.pipe_file(f"{tmp_path}/0", encoded("PNG"))
+    store.pipe_file(f"{tmp_path}/1.png", encoded("PNG"))
+    monkeypatch.setattr(file_kinds, "open_input", fail)
+    with outcome:
+        assert list_input(f"memory://{tmp_path}").unread == Unread({"without ending": 1})
 
 
 def test_a_resume_and_status_open_no_file_that_the_run_knows(tmp_path, monkeypatch):
