@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.globs import expand_braces, is_glob, matches, may_match_below
 from pipeline.inputs.stamps import stamp_of
 from pipeline.storage.file_table import FileTable, ListedFile
-from pipeline.storage.filesystems import EMPTY, join, open_filesystem
+from pipeline.storage.filesystems import EMPTY, infos_of, join, open_filesystem
 from pipeline.storage.secrets import without_secrets
 
 IGNORED_FOLDERS = ("_blip2", "__MACOSX", "@eaDir")
@@ -89,7 +89,7 @@ def find_named(name: str, root: str, files: Sequence[str], may_lack: bool = Fals
     """
     filesystem, base = open_filesystem(root)
     try:
-        infos = filesystem.get_file_info([join(base, file) for file in files])
+        infos = infos_of(filesystem, [join(base, file) for file in files])
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{name} names files that cannot be looked up: {error}") from error
     absent = [f for f, info in zip(files, infos, strict=True) if info.type != pafs.FileType.File]
@@ -202,7 +202,7 @@ def _find_matching(
         if not tables[-1]:
             absent.append(pattern)
     plain = [pattern for pattern in patterns if not is_glob(pattern)]
-    infos = filesystem.get_file_info([join(base, path) for path in plain])
+    infos = infos_of(filesystem, [join(base, path) for path in plain])
     for path, info in zip(plain, infos, strict=True):
         _refuse_special(info)
         if info.type == pafs.FileType.Directory:

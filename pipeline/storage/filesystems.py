@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from urllib.parse import quote
@@ -118,6 +118,13 @@ def at_once(request: Callable[[Item], Answer], items: Iterable[Item]) -> list[An
     """Make a request for each item, several at the same time, and return the answers in order."""
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         return list(pool.map(request, items))
+
+
+def infos_of(filesystem: pafs.FileSystem, paths: Sequence[str]) -> list[pafs.FileInfo]:
+    """Return what is known of files; Arrow would ask a store for one after the other."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return filesystem.get_file_info(list(paths))
+    return at_once(filesystem.get_file_info, paths)
 
 
 def join(folder: str, name: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from contextlib import nullcontext
 
 import pyarrow.fs as pafs
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import InputError
 from pipeline.inputs import listing
@@ -256,6 +258,21 @@ def test_the_bytes_of_a_remote_folder_are_known(tmp_path):
     (shard,) = list_shards(f"memory://sizes{tmp_path}")
     assert shard.size_bytes == 15
     assert [row["image"] for row in read_rows(shard)[0]] == [b"12345"] * 3
+
+
+def test_files_that_braces_name_are_asked_for_at_the_same_time(tmp_path, monkeypatch):
+    """1,024 tars of a bucket took a minute, one answer after the other."""
+    store, together = MemoryFileSystem(), threading.Barrier(4)
+    for number in range(4):
+        store.pipe_file(f"{tmp_path}/{number}.tar", b"")
+    info = MemoryFileSystem.info
+
+    def slow(self: MemoryFileSystem, path: str, **options: object) -> dict:
+        together.wait(timeout=10)
+        return info(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", slow)
+    assert len(list_shards(f"memory://{tmp_path}/{{0..3}}.tar")) == 4
 
 
 def test_a_name_that_no_output_file_could_have_is_refused(tmp_path):
