@@ -12,6 +12,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow.compute as pc
+
 from blip2_actor import Status
 from pipeline.errors import InputError
 from pipeline.fetching.fetch_settings import FetchSettings
@@ -64,7 +66,8 @@ class ImageRows:
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], bytes]]:
         """Yield each row with its encoded image, in order."""
-        with closing(read_images(ShardWork(shard=self.shard), self.options, self.fetching)) as images:
+        work = ShardWork(shard=self.shard, missing=self._ok_rows())
+        with closing(read_images(work, self.options, self.fetching)) as images:
             for row in rows_in(tables_of(self.found.folder, self.shard.name)):
                 if row["status"] != Status.OK.value:
                     continue
@@ -76,6 +79,15 @@ class ImageRows:
                     self.lost.append(f"{row['key']}: the image is another one than in the run")
                 else:
                     yield row, found.image
+
+    def _ok_rows(self) -> tuple[tuple[int, int], ...]:
+        """Return the ranges of the ok rows: an image that failed might take long to fail again."""
+        ranges: list[tuple[int, int]] = []
+        for table in tables_of(self.found.folder, self.shard.name, ["row", "status"]):
+            for row in table.filter(pc.equal(table["status"], Status.OK.value))["row"].to_pylist():
+                first = ranges.pop()[0] if ranges and ranges[-1][1] == row else row
+                ranges.append((first, row + 1))
+        return tuple(ranges)
 
 
 def extension_of(name: str, image: bytes) -> str:

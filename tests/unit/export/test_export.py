@@ -20,9 +20,11 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from pipeline.cli.main import main
+from pipeline.export import image_rows
 from pipeline.export.imagefolder import PART, write_imagefolder
 from pipeline.export.webdataset import sample_key
-from pipeline.inputs.reader import ShardReport
+from pipeline.fetching.images_of_rows import read_images
+from pipeline.inputs.reader import ShardReport, ShardWork
 from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.storage.folder import Folder
@@ -227,7 +229,7 @@ def test_kept_columns_of_an_image_folder_name_no_files(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
-def test_images_of_folders_and_tables(tmp_path, kind):
+def test_images_of_folders_and_tables(tmp_path, monkeypatch, kind):
     images = {f"{seed}.v2.png": png(seed) for seed in range(3)}
     (tmp_path / "in").mkdir()
     if kind == "folder":
@@ -236,7 +238,16 @@ def test_images_of_folders_and_tables(tmp_path, kind):
     else:
         pq.write_table(as_table(images), tmp_path / "in" / "table.parquet")
     write_run(tmp_path / "in", tmp_path / "out", failed=(1,))
+    asked: list[ShardWork] = []
+
+    def note(work: ShardWork, *others: Any) -> Any:
+        asked.append(work)
+        return read_images(work, *others)
+
+    monkeypatch.setattr(image_rows, "read_images", note)
     into = exported(tmp_path / "out", "webdataset", tmp_path / "made")
+    # The images of failed rows were fetched again, for a minute each if their server was down.
+    assert [work.missing for work in asked] == [((0, 1), (2, 3))]
     (tar,) = state_of(into)
     samples = read_webdataset(into / tar)
     assert [(sample["__key__"], sample["png"]) for sample in samples] == [("0_v2", png(0)), ("2_v2", png(2))]
