@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 from fsspec.asyn import sync
 from fsspec.spec import AbstractFileSystem
@@ -73,6 +74,7 @@ class WholeFiles:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, WholeFile] = OrderedDict()
+        self._fetching: WeakValueDictionary[Key, threading.Lock] = WeakValueDictionary()
         self._sends_parts: dict[str, bool] = {}
 
     def open(self, fs: AbstractFileSystem, url: str, must: bool = False) -> WholeFile | None:
@@ -91,13 +93,23 @@ class WholeFiles:
         info = fs.info(url)
         key = (url, *(str(info.get(name)) for name in ("size", "ETag", "Last-Modified")))
         with self._lock:
-            if key not in self._kept:
-                file = sync(fs.loop, _fetch_unless_parts, fs, url, must)
-                self._sends_parts.setdefault(host, file is None)
-                if file is None:
-                    return None
+            fetching = self._fetching.setdefault(key, threading.Lock())
+        with fetching:  # Others that want this file wait for it, and those that want another one do not.
+            if (kept := self._reader(key)) is not None:
+                return kept
+            file = sync(fs.loop, _fetch_unless_parts, fs, url, must)
+            self._sends_parts.setdefault(host, file is None)
+            if file is None:
+                return None
+            with self._lock:
                 self._kept[key] = file
                 self._make_room()
+                return WholeFile(file.fileno())
+
+    def _reader(self, key: Key) -> WholeFile | None:
+        with self._lock:
+            if key not in self._kept:
+                return None
             self._kept.move_to_end(key)
             return WholeFile(self._kept[key].fileno())
 

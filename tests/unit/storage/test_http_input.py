@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
@@ -160,6 +161,21 @@ def test_a_server_that_cannot_send_parts_of_a_file_sends_it_once(shard, monkeypa
     reader = read_unchanged(ShardWork(shard=listed), ReadOptions())
     assert sum(map(len, reader)) == 16
     assert sum(sent) == len(CONTENT)
+
+
+def test_whole_files_are_fetched_at_the_same_time(shard, monkeypatch):
+    """The images of a server that sends no parts came one after the other, as `python -m http.server`."""
+    together = threading.Barrier(2)
+
+    def wait(server: Server, number: int) -> bool:
+        together.wait(timeout=10)
+        return False
+
+    monkeypatch.setattr(Server, "knows_ranges", False)
+    monkeypatch.setattr(Server, "answer", staticmethod(wait))
+    shards = [replace(shard, files=(f"{name}.tar",)) for name in "cd"]
+    with ThreadPoolExecutor() as threads:
+        assert [len(rows) for rows, _ in threads.map(read_rows, shards)] == [16, 16]
 
 
 def test_whole_files_make_room_for_others(shard, monkeypatch):
