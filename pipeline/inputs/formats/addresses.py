@@ -5,6 +5,7 @@ A relative path is relative to the folder of the file that names it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import re
@@ -25,6 +26,13 @@ def scheme_of(address: str) -> str:
 def is_web(address: str) -> bool:
     """Return whether an address is that of a web server."""
     return scheme_of(address) in WEB_SCHEMES
+
+
+def key_of(address: str) -> str:
+    """Return the key of a row that has only the address of its image; a data URI is as long as its image."""
+    if scheme_of(address) != "data":
+        return address
+    return f"data:{hashlib.sha256(address.encode()).hexdigest()[:32]}"
 
 
 def folder_of(root: str, file: str) -> str:

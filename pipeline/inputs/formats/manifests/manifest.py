@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from blip2_actor import Status
 from pipeline.errors import InputError
-from pipeline.inputs.formats.addresses import folder_of, resolve
+from pipeline.inputs.formats.addresses import folder_of, key_of, resolve
 from pipeline.inputs.formats.manifests.records import Kind, kind_of, names, records, values
 from pipeline.inputs.formats.rows import escape_name
 from pipeline.inputs.formats.tables.columns import Columns
@@ -158,7 +158,7 @@ class _Rows:
         columns = self._columns
         address = (found[columns.image.name] or "").strip()
         key = None if columns.key is None else found[columns.key.name]
-        row: dict[str, Any] = {"key": key or escape_name(address)}
+        row: dict[str, Any] = {"key": key or escape_name(key_of(address))}
         row |= {name: found[field.name] or None for name, field in columns.texts.items()}
         row |= {name: found[field.name] for name, field in columns.kept.items()}
         if not address:

@@ -110,6 +110,8 @@ def test_a_field_may_be_as_long_as_an_image(tmp_path: Path, name: str, delimiter
     uri = "data:image/png;base64," + "A" * 200_000
     rows = rows_of(tmp_path / name, f'path{delimiter}n\n"{uri}"{delimiter}1\nb.jpg{delimiter}2\n')
     assert [row[ADDRESS] for row in rows] == [uri, f"{tmp_path}/b.jpg"]
+    # The whole data URI was the key.
+    assert [row["key"] for row in rows] == ["data:189f33950096385434bf8710800a119e", "b.jpg"]
 
 
 @pytest.mark.parametrize("option", ["key_column", "prompt_column", "keep"])
