@@ -170,6 +170,10 @@ def check_after_end(archive: tarfile.TarFile) -> str | None:
     return None
 
 
+_GNU_MAGIC = b"ustar  \0"
+"""Of headers by GNU tar, which have times where others have the beginning of a long name."""
+
+
 class _Header(tarfile.TarInfo):
     """Reads headers like `tarfile`, but does not take a cut or damage for the end of the archive."""
 
@@ -202,11 +206,19 @@ class _Header(tarfile.TarInfo):
         ):
             try:
                 if int(buf[148:156].strip(b" \0"), 8) == sum(buf) - sum(buf[148:156]) + 8 * ord(" "):
-                    name, prefix = (part.partition(b"\0")[0] for part in (buf[:100], buf[345:500]))
+                    name, prefix = (part.partition(b"\0")[0] for part in (buf[:100], _prefix(buf)))
                     header = cls((prefix + b"/" + name if prefix else name).decode(encoding, errors))
                     header.size = int(buf[124:136].strip(b" \0") or b"0", 8)
                     header.type = bytes(buf[156:157])
                     return header
             except ValueError:
                 pass  # Not an ordinary header.
-        return super().frombuf(buf, encoding, errors)
+        header = super().frombuf(buf, encoding, errors)
+        if buf[257:265] == _GNU_MAGIC and header.type not in tarfile.GNU_TYPES:
+            header.name = buf[:100].partition(b"\0")[0].decode(encoding, errors)
+        return header
+
+
+def _prefix(buf: bytes | bytearray) -> bytes | bytearray:
+    """Return the field with the beginning of a long name; empty if the header has none."""
+    return b"" if buf[257:265] == _GNU_MAGIC else buf[345:500]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import subprocess
 import tarfile
 from dataclasses import replace
 
@@ -268,6 +269,17 @@ def test_headers_of_every_dialect_are_read_as_tarfile_reads_them(tmp_path, forma
     assert [row["key"] + ".jpg" for row in rows] == names
     assert [row["image"] for row in rows] == [name.encode() * 3 for name in names]
     assert report.complete
+
+
+def test_times_in_the_headers_of_an_incremental_backup_are_no_part_of_names(tmp_path):
+    """`tar --listed-incremental` writes them where others begin long names; `tarfile` takes them for one."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.jpg").write_bytes(b"0")
+    (tmp_path / "in/1.jpg").hardlink_to(tmp_path / "in/0.jpg")
+    command = ["tar", "--format=gnu", f"--listed-incremental={tmp_path}/times", "-cf", tmp_path / "0.tar"]
+    subprocess.run([*command, "-C", tmp_path, "in"], check=True)
+    rows, _ = read_rows(shard_at(tmp_path / "0.tar", "webdataset"))
+    assert sorted(summary(rows)) == [(row, f"in/{row}", b"0", None) for row in (0, 1)]
 
 
 def test_keys_that_are_not_utf8_stay_distinct(tmp_path):
