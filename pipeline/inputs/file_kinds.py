@@ -8,35 +8,26 @@ unless its files are named one by one.
 
 from __future__ import annotations
 
-import contextlib
 import posixpath
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-
-import pyarrow as pa
-import pyarrow.fs as pafs
 
 from pipeline.errors import InputError
 from pipeline.inputs.find_files import FoundFiles
 from pipeline.inputs.formats.endings import format_of, without_ending
-from pipeline.inputs.formats.tables import parquet
+from pipeline.inputs.formats.tables.own_outputs import tables_in_outputs, tables_of_runs
 from pipeline.inputs.globs import Patterns
-from pipeline.inputs.image_kinds import HEAD_BYTES, looks_like_image
+from pipeline.inputs.image_kinds import head_of, looks_like_image
 from pipeline.inputs.shards import Format, Shard, without_secrets
 from pipeline.progress import count
-from pipeline.schema import FINGERPRINT_KEY
 from pipeline.storage.file_table import FileTable
 from pipeline.storage.filesystems import at_once, join, open_filesystem
-from pipeline.storage.retrying import is_final
-from pipeline.storage.retrying_file import open_input
 
 FORMAT_NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
 FORMATS: tuple[Format, ...] = tuple(FORMAT_NOUNS)
 """The formats that `--format` may name."""
-RUN_RECORD = "_blip2/run.json"
-"""A folder that holds this file is the output of a run."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ def choose_files(
     else:
         formats = _choose_formats(wanted, known_format, kinds)
         if "parquet" in formats:
-            own = set(_own_outputs(found.root, kinds.tables, known_files))
+            own = tables_of_runs(found.root, kinds.tables, known_files)
         kinds.counts["parquet"] -= len(own)
         formats = {name for name in formats if kinds.counts[name]}
         _refuse_several(found, {name: kinds.counts[name] for name in formats})
@@ -131,7 +122,7 @@ def choose_files(
         if given or kinds.counts[name] == len(found.files):  # Of 10^8 files, none is looked at again.
             return Chosen({name: found.files}, Unread(num_excluded=num_excluded))
     left_out = [file for file in found.files if format_in(file) is None and file not in own]
-    own |= _in_outputs(found.root, [file for file in left_out if format_of(file) == "parquet"])
+    own |= tables_in_outputs(found.root, [file for file in left_out if format_of(file) == "parquet"])
     rest = _count_endings(file for file in left_out if file not in own)
     if not formats and not may_lack:
         _refuse_nothing(found, wanted, rest, len(own))
@@ -199,61 +190,8 @@ class _Kinds:
         if not new:
             return set(unnamed)
         filesystem, base = open_filesystem(self._found.root)
-        heads = at_once(partial(_head, filesystem), [join(base, file) for file in new])
+        heads = at_once(partial(head_of, filesystem), [join(base, file) for file in new])
         return set(unnamed) - {f for f, head in zip(new, heads, strict=True) if not looks_like_image(head)}
-
-
-def _head(filesystem: pafs.FileSystem, path: str) -> bytes:
-    """Return the first bytes of a file; none if it cannot be read.
-
-    Raises:
-        InputError: the store fails, so it is not known whether the file is an image.
-    """
-    try:
-        with open_input(filesystem, path) as file:
-            return file.read(HEAD_BYTES) or b""
-    except OSError as error:
-        if isinstance(filesystem, pafs.LocalFileSystem) or is_final(error):
-            return b""
-        raise InputError(f"{path} cannot be read, whose name does not tell its format: {error}") from error
-
-
-def _own_outputs(root: str, tables: Sequence[str], known: Collection[str]) -> list[str]:
-    """Return the tables that a run has written, as their footers say."""
-
-    def is_own(table: str) -> bool:
-        try:
-            schema = parquet.schema_of(Shard(name=table, format="parquet", root=root, files=(table,)))
-        except InputError:
-            return False  # Reading the table says what is wrong.
-        return FINGERPRINT_KEY in (schema.metadata or {})
-
-    tables = [table for table in tables if table not in known]
-    return [table for table, own in zip(tables, at_once(is_own, tables), strict=True) if own]
-
-
-def _in_outputs(root: str, tables: Sequence[str]) -> set[str]:
-    """Return the tables in folders of outputs, which hold the state of a run; no table is opened."""
-    if not tables:
-        return set()
-    filesystem, base = open_filesystem(root)
-
-    def is_output(folder: str) -> bool:
-        with contextlib.suppress(OSError, pa.ArrowException):
-            (info,) = filesystem.get_file_info([join(join(base, folder), RUN_RECORD)])
-            return info.type == pafs.FileType.File
-        return False
-
-    folders = sorted({folder for table in tables for folder in _folders_above(table)})
-    outputs = {folder for folder, is_one in zip(folders, at_once(is_output, folders), strict=True) if is_one}
-    return {table for table in tables if not outputs.isdisjoint(_folders_above(table))}
-
-
-def _folders_above(file: str) -> Iterator[str]:
-    """Yield each folder that a file is in, the root as an empty name last."""
-    while file:
-        file = posixpath.dirname(file)
-        yield file
 
 
 def _belongs_to_a_tool(file: str) -> bool:

@@ -63,7 +63,7 @@ def find_files(name: str, may_lack: bool = False) -> FoundFiles:
         if not pattern:
             return _find_plain(name, root, query, filesystem, base, may_lack)
         files, absent, one_by_one = _find_matching(filesystem, base, expand_braces(pattern))
-    except UnicodeEncodeError:  # Arrow finds no such file by its name, but lists it.
+    except UnicodeEncodeError:
         raise InputError(f"{name!a} must be a name in UTF-8; rename the file or its folder") from None
     except (OSError, pa.ArrowException) as error:
         if may_lack and isinstance(error, FileNotFoundError):  # the folder of a glob is gone
@@ -193,8 +193,7 @@ def _find_matching(
     Returns:
         The files, the patterns that match none, and whether every pattern is a plain file name.
     """
-    tables, named = [], []
-    absent = []
+    tables, named, absent = [], [], []
     globs = [pattern for pattern in patterns if is_glob(pattern)]
     one_by_one = not globs
     for pattern in globs:
@@ -213,8 +212,7 @@ def _find_matching(
             absent.append(path)
         else:
             named.append((path, _listed(filesystem, info)))
-    tables.append(FileTable(named))
-    files = tables[0] if len(tables) == 1 else FileTable(chain.from_iterable(t.entries() for t in tables))
+    files = FileTable(chain(*(table.entries() for table in tables), named))
     return files, absent, one_by_one
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.util import find_spec
 
+import pyarrow.fs as pafs
+
 from blip2_actor.installation import pip_install
+from pipeline.errors import InputError
 from pipeline.inputs.shards import Shard
 from pipeline.progress import count
+from pipeline.storage.retrying import is_final
+from pipeline.storage.retrying_file import open_input
 
 IMAGE_EXTENSIONS_V1 = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff", "tif")
 """Extensions that were images in version 1 of the row contract; a tar of such a run is still read so."""
@@ -40,6 +45,21 @@ def looks_like_image(head: bytes) -> bool:
         or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
         or (head[:2] == b"BM" and head[6:10] == bytes(4))  # BMP: a size, then four reserved bytes
     )
+
+
+def head_of(filesystem: pafs.FileSystem, path: str) -> bytes:
+    """Return the first bytes of a file; none if it cannot be read.
+
+    Raises:
+        InputError: the store fails, so it is not known whether the file is an image.
+    """
+    try:
+        with open_input(filesystem, path) as file:
+            return file.read(HEAD_BYTES) or b""
+    except OSError as error:
+        if isinstance(filesystem, pafs.LocalFileSystem) or is_final(error):
+            return b""
+        raise InputError(f"{path} cannot be read, whose name does not tell its format: {error}") from error
 
 
 def notes_on_formats(shards: Iterable[Shard]) -> list[str]:

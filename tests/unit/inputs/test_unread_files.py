@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.errors import InputError
-from pipeline.inputs import file_kinds
+from pipeline.inputs import file_kinds, image_kinds
 from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_input, list_shards
@@ -169,7 +169,7 @@ def test_an_image_without_an_ending_is_not_left_out_because_a_store_fails(
     store = MemoryFileSystem()
     store.pipe_file(f"{tmp_path}/0", encoded("PNG"))
     store.pipe_file(f"{tmp_path}/1.png", encoded("PNG"))
-    monkeypatch.setattr(file_kinds, "open_input", fail)
+    monkeypatch.setattr(image_kinds, "open_input", fail)
     with outcome:
         assert list_input(f"memory://{tmp_path}").unread == Unread({"without ending": 1})
 
@@ -186,7 +186,7 @@ def test_a_resume_and_status_open_no_file_that_the_run_knows(tmp_path, monkeypat
         opened.append(path)
         return b""
 
-    monkeypatch.setattr(file_kinds, "_head", head)
+    monkeypatch.setattr(file_kinds, "head_of", head)
     (tmp_path / "in/2").write_bytes(b"x")
     assert prepare_run(tmp_path).notes == ("1 file not read: 1 without ending",)
     assert "1 file not read: 1 without ending" in RunStatus.read(str(tmp_path / "out")).lines()
