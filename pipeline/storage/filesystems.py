@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -33,6 +34,8 @@ ONE_SLASH = re.compile(rf"(?:{'|'.join((*ARROW_SCHEMES, *WEB_SCHEMES, 'az', 'hf'
 EMPTY = "the name of a file or folder must not be empty, got ''; write . for the working folder"
 MAX_CONCURRENT_REQUESTS = 16
 """Requests to a store at the same time: it answers each one after tens of milliseconds."""
+MAX_WAITING_REQUESTS = 4096
+"""Requests that are prepared: each takes a kilobyte or two, and an input may need one for each file."""
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
@@ -116,8 +119,11 @@ def _with_single_puts(uri: str) -> str:
 
 def at_once(request: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
     """Make a request for each item, several at the same time, and return the answers in order."""
+    rest, answers = iter(items), list[Answer]()
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        return list(pool.map(request, items))
+        while part := list(islice(rest, MAX_WAITING_REQUESTS)):
+            answers += pool.map(request, part)
+    return answers
 
 
 def infos_of(filesystem: pafs.FileSystem, paths: Sequence[str]) -> list[pafs.FileInfo]:

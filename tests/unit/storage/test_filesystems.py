@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pyarrow.fs as pafs
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.storage.filesystems import join, open_filesystem
+from pipeline.storage import filesystems
+from pipeline.storage.filesystems import at_once, join, open_filesystem
 
 
 def test_local_paths_in_every_spelling(tmp_path, monkeypatch):
@@ -76,3 +79,20 @@ def test_slashes_at_the_end_of_a_bucket_and_a_folder_are_no_names():
 def test_join_below_any_root():
     assert join("/", "a") == "/a"
     assert join("bucket/x/", "a/b") == "bucket/x/a/b"
+
+
+def test_requests_are_prepared_a_few_at_a_time(monkeypatch):
+    """One for each of 300,000 files without an ending took 500 MB."""
+    monkeypatch.setattr(filesystems, "MAX_WAITING_REQUESTS", 8)
+    answered: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            assert number - len(answered) < 8
+            yield number
+
+    def request(number: int) -> int:
+        answered.append(number)
+        return 2 * number
+
+    assert at_once(request, items()) == [2 * number for number in range(100)]
