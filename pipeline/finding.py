@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
+
+from pipeline.storage.secrets import hide_secrets
 
 Verdict = Literal["ok", "warn", "fail"]
 GIB = 1 << 30
@@ -25,6 +27,10 @@ class Finding:
         yield f"{self.verdict:4}  {self.subject}: {self.found}"
         if self.remedy is not None:
             yield f"      {self.remedy}"
+
+    def to_dict(self) -> dict[str, str | None]:
+        """Return plain values for `--json`, without the secrets of URIs."""
+        return {name: value and hide_secrets(value) for name, value in asdict(self).items()}
 
 
 def gib(num_bytes: float) -> str:

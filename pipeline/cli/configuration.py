@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 
 from blip2_actor.flags import Parser, build, effective_settings, settings_as_json, settings_as_toml
 from pipeline.cli.command_table import COMMANDS, CONFIG, JOB, SERVE, Command
 from pipeline.cli.serve import become_deployment
-from pipeline.progress import Console
+from pipeline.progress import write, write_json
+from pipeline.progress.wording import escaped
 
 Parse = Callable[[Sequence[str], bool], tuple[Command, argparse.Namespace]]
 JSON = "--json"
@@ -43,10 +45,9 @@ def print_settings(arguments: Sequence[str], parse: Parse) -> int:
     settings = effective_settings(given, command.settings)
     if not given.missing and not command.without & JOB:
         build(command.settings, vars(given))
-    console = Console()
     if as_json:
-        console.result(settings_as_json(given.command, settings))
-    else:
-        for line in settings_as_toml(given.command, settings):
-            console.result(line)
+        write_json(settings_as_json(given.command, settings))
+    else:  # not by `Console`, which wraps lines in a terminal: a file of them must be one of settings
+        lines = "".join(f"{line}\n" for line in settings_as_toml(given.command, settings))
+        write(sys.stdout, escaped(lines, keep="\n"))
     return 0

@@ -20,7 +20,7 @@ from blip2_actor import Calibration, fit_calibration
 from pipeline.caption_counts import REGENERATED
 from pipeline.compare.metrics import words_of
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
-from pipeline.progress import Console, write
+from pipeline.progress import Console, write_json
 from pipeline.report.rows import FinishedRows
 from pipeline.result_file import result_file
 from pipeline.settings.report_settings import CalibrateSettings
@@ -58,7 +58,7 @@ def command(settings: CalibrateSettings) -> int:
     calibration.save(into)
     console = Console(sys.stderr if settings.json else sys.stdout)
     if settings.json:
-        write(sys.stdout, json.dumps(dataclasses.asdict(calibration), indent=1) + "\n")
+        write_json(json.dumps(dataclasses.asdict(calibration), indent=1))
     else:
         for line in lines_of(calibration, examples):
             console.result(line)

@@ -13,7 +13,7 @@ from pipeline.compare.metrics import Score
 from pipeline.compare.plain_rows import PlainRows, Rows, find_rows
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.ledger.ledger import Ledger
-from pipeline.progress import Console, write
+from pipeline.progress import Console, count, write_json
 from pipeline.report.rows import FinishedRows, json_line, one_line
 from pipeline.result_file import result_file
 from pipeline.settings.report_settings import CompareSettings
@@ -34,14 +34,14 @@ def command(settings: CompareSettings) -> int:
     scores = comparison.scores()
     console = Console(sys.stderr if settings.json else sys.stdout)
     if settings.json:
-        write(sys.stdout, json.dumps(_to_dict(comparison, scores), indent=1) + "\n")
+        write_json(json.dumps(_to_dict(comparison, scores), indent=1))
     else:
         for line in summary_lines(comparison, scores):
             console.result(line)
     if html:
         page, num_pictures = comparison_page(before, after, comparison, scores, settings.thumbnails)
         html.write_text(page, encoding="utf-8", errors="backslashreplace")
-        console.say(f"page: {settings.html}, with {num_pictures:,} thumbnails read from the input")
+        console.say(f"page: {settings.html}, with {count(num_pictures, 'thumbnail')} read from the input")
     return ExitStatus.DONE
 
 

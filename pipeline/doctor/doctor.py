@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.doctor.accelerator import check_device, check_speed, check_torch
@@ -21,10 +20,9 @@ from pipeline.doctor.ray_start import check_ray
 from pipeline.doctor.stores import check_input, check_output
 from pipeline.exit_status import ExitStatus, errors_to_exit_status
 from pipeline.finding import Finding
-from pipeline.progress import Console
+from pipeline.progress import Console, write_json
 from pipeline.run.hub_commit import is_on_hub
 from pipeline.settings.doctor_settings import DoctorSettings
-from pipeline.storage.secrets import hide_secrets
 
 
 @errors_to_exit_status
@@ -37,7 +35,7 @@ def doctor(settings: DoctorSettings) -> int:
         if not settings.json:
             console.finding(finding)
     if settings.json:
-        console.result(hide_secrets(json.dumps([asdict(finding) for finding in findings], indent=1)))
+        write_json(json.dumps([finding.to_dict() for finding in findings], indent=1))
     has_failed = any(finding.verdict == "fail" for finding in findings)
     return ExitStatus.FAILED if has_failed else ExitStatus.DONE
 

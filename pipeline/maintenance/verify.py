@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
@@ -27,7 +26,7 @@ from pipeline.maintenance.input_files import check_input
 from pipeline.maintenance.settings import VerifySettings
 from pipeline.maintenance.shard_file import check_shard_file
 from pipeline.maintenance.state_files import check_fragments, check_leftovers, check_strays
-from pipeline.progress import LOG_EVERY_S, Console, count
+from pipeline.progress import LOG_EVERY_S, Console, count, write_json
 from pipeline.storage.folder import Folder
 from pipeline.storage.secrets import hide_secrets
 
@@ -56,7 +55,7 @@ def verify(settings: VerifySettings) -> int:
     left = tuple(shard.name for shard in run.shards if shard.name not in summaries)
     done = Reconciliation(len(run.shards), tuple(summaries.values()), left)
     if settings.json:
-        console.result(hide_secrets(json.dumps(_document(ledger, done, findings), indent=1)))
+        write_json(json.dumps(_document(ledger, done, findings), indent=1))
     else:
         for line in [*done.lines(is_over=not left), _verdict(ledger, done, findings)]:
             console.result(hide_secrets(line))
@@ -121,5 +120,5 @@ def _document(ledger: Ledger, done: Reconciliation, findings: list[Finding]) -> 
         "num_rows": done.num_rows,
         "by_status": dict(done.by_status),
         "num_faults": _num_faults(findings),
-        "findings": [asdict(finding) for finding in findings],
+        "findings": [finding.to_dict() for finding in findings],
     }

@@ -12,7 +12,7 @@ from blip2_actor import EngineBuilder
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.plan.make_plan import make_plan
 from pipeline.plan.on_cluster import make_plan_on_cluster
-from pipeline.progress import Console
+from pipeline.progress import Console, write_json
 from pipeline.settings.plan_settings import AnyPlanSettings
 
 
@@ -26,7 +26,7 @@ def plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> int:
         else:
             found = make_plan(settings, engine)
     if settings.json:
-        console.result(json.dumps(found.to_dict()))
+        write_json(json.dumps(found.to_dict()))
         return 0
     for line in found.lines():
         console.result(line)

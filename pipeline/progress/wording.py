@@ -43,8 +43,10 @@ def duration(seconds: float | None) -> str:
 
 def format_bytes(num_bytes: float) -> str:
     """Format a number of bytes with three digits, in powers of 1000."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.3g} {unit}"
+    if num_bytes < 999.5:
+        return count(round(num_bytes), "byte")
+    for unit in ("kB", "MB", "GB", "TB"):
         num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB" if num_bytes < 1000 else f"{num_bytes:,.0f} TB"
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+    return f"{num_bytes:,.0f} TB"

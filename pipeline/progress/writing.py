@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
+import json
 import os
+import re
 import shutil
 import sys
 from typing import TextIO
+
+from pipeline.progress.wording import escaped
 
 READER_GONE = (errno.EPIPE, errno.EIO)
 """Errors of a pipe whose reader has ended, and of a terminal that is closed."""
 DUMB = ("dumb", "unknown")
 """Terminals that know no escape codes."""
+_SURROGATE = re.compile("[\ud800-\udfff]+")
+"""Bytes of a file name that are not UTF-8, as Python holds them."""
+_NOT_ASCII = re.compile("[^\x00-\x7f]+")
 
 _lost: OSError | None = None
 
@@ -47,6 +55,18 @@ def write(stream: TextIO | None, text: str) -> bool:
         os.close(nothing)
         return False
     return True
+
+
+def write_json(text: str) -> bool:
+    """Write JSON and a line end to standard output; return what `write` returns.
+
+    Characters that its encoding lacks, or that a terminal obeys, become escapes of JSON: those of `write` are
+    for people, and no parser reads them.
+    """
+    is_utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name == "utf-8"
+    lacking = _SURROGATE if is_utf8 else _NOT_ASCII
+    plain = lacking.sub(lambda found: json.dumps(found[0])[1:-1], escaped(text, keep="\n"))
+    return write(sys.stdout, plain + "\n")
 
 
 def leave_live_area() -> None:

@@ -23,7 +23,7 @@ from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.page.thumbnails import thumbnails_of_run
-from pipeline.progress import Console, write
+from pipeline.progress import Console, count, write_json
 from pipeline.report.as_json import report_json
 from pipeline.report.card import dataset_card
 from pipeline.report.model import Report, Sample, outputs_of
@@ -47,13 +47,14 @@ def report(settings: ReportSettings) -> int:
         found = make_report(settings.output, settings.thumbnails if settings.html else 0)
     console = Console(sys.stderr if settings.json else sys.stdout)
     if settings.json:
-        write(sys.stdout, report_json(found) + "\n")
+        write_json(report_json(found))
     else:
         for line in found.lines():
             console.result(line)
     if html:
         html.write_text(render_page(found), encoding="utf-8", errors="backslashreplace")
-        console.say(f"page: {settings.html}, with {len(found.thumbnails):,} thumbnails read from the input")
+        pictures = count(len(found.thumbnails), "thumbnail")
+        console.say(f"page: {settings.html}, with {pictures} read from the input")
     if card:
         card.write_text(dataset_card(found), encoding="utf-8", errors="backslashreplace")
         console.say(f"card: {settings.card}")

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from typing import Any
 
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
-from pipeline.progress import Console, write
+from pipeline.progress import Console, write, write_json
 from pipeline.report.rows import FinishedRows, json_line, rows_in
 from pipeline.settings.report_settings import ShowSettings
 from pipeline.show.choice import check_choice, chosen
@@ -26,9 +26,13 @@ def show(settings: ShowSettings) -> int:
     with before_work(type(settings)):
         found = FinishedRows.find(settings.output)
         check_choice(found.schema(), settings)
-    for text in _texts(rows_in(chosen(found.tables(), settings)), settings.json):
-        if not write(sys.stdout, text):
-            return ExitStatus.DONE
+    rows = rows_in(chosen(found.tables(), settings))
+    if settings.json:
+        written = (write_json(json_line(row)) for row in rows)
+    else:
+        written = (write(sys.stdout, text) for text in _texts(rows))
+    if not all(written):
+        return ExitStatus.DONE
     if not found.is_whole:
         total = len(found.run.shards)
         left = total - len(found.shards)
@@ -36,9 +40,7 @@ def show(settings: ShowSettings) -> int:
     return ExitStatus.DONE
 
 
-def _texts(rows: Iterator[dict[str, Any]], as_json: bool) -> Iterable[str]:
-    if as_json:
-        return (json_line(row) + "\n" for row in rows)
+def _texts(rows: Iterator[dict[str, Any]]) -> Iterable[str]:
     first = list(islice(rows, 1))
     if not first:
         return ["no row matches\n"] if sys.stdout.isatty() else []

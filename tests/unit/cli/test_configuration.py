@@ -14,6 +14,7 @@ import deploy.command
 from pipeline.cli.completion import SHELLS
 from pipeline.cli.main import main, parse
 from pipeline.submit.settings import SubmitSettings
+from tests.unit.progress.test_console import terminal
 
 FILE = """
 [caption]
@@ -49,6 +50,15 @@ def test_config_prints_what_a_command_line_comes_to(file: str, capsys) -> None:
     assert main(["config", "--json", "caption", "photos"]) == 0
     rows = {row["flag"]: row for row in json.loads(capsys.readouterr().out)["settings"]}
     assert rows["--num-beams"] == {"flag": "--num-beams", "value": 1, "from": "default"}
+
+
+def test_a_terminal_does_not_wrap_what_is_a_configuration_file(monkeypatch) -> None:
+    """A long value was broken into two lines, which TOML refuses."""
+    prompt = "a prompt that is longer than a line of the terminal, by far"
+    with terminal(40) as (stream, shown):
+        monkeypatch.setattr("sys.stdout", stream)
+        assert main(["config", "caption", "photos", "-o", "out", "--prompt", prompt]) == 0
+    assert tomllib.loads(shown[0].replace("\r\n", "\n"))["caption"]["prompt"] == prompt
 
 
 def test_config_refuses_what_the_command_would_refuse(file: str, capsys) -> None:

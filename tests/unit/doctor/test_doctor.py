@@ -333,7 +333,7 @@ def test_the_command_exits_with_1_if_a_check_fails(monkeypatch, capsys, as_json)
     monkeypatch.setattr(doctor, "examine", lambda settings: found)
     flags = ["--json"] * as_json
     assert main(["doctor", *flags]) == 0
-    found.append(Finding("c", "fail", "s3://me:secret@host/x is gone", "look for it"))
+    found.append(Finding("c", "fail", '"s3://me:secret@host/x?key=secret" is gone', "look for it"))
     capsys.readouterr()
     assert main(["doctor", *flags]) == 1
     said = capsys.readouterr().out

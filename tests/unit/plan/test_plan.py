@@ -292,8 +292,8 @@ def test_embed_and_score_are_planned_as_their_own_jobs(tmp_path, capsys):
 
 
 def test_numbers_of_bytes_have_three_digits_and_a_unit():
-    said = [format_bytes(n) for n in (7, 1234, 56_789_000, 1.2e9, 3.4e12, 5.6e15)]
-    assert said == ["7 bytes", "1.23 kB", "56.8 MB", "1.2 GB", "3.4 TB", "5,600 TB"]
+    said = [format_bytes(n) for n in (1, 7, 1234, 999_600, 56_789_000, 1.2e9, 3.4e12, 5.6e15)]
+    assert said == ["1 byte", "7 bytes", "1.23 kB", "1 MB", "56.8 MB", "1.2 GB", "3.4 TB", "5,600 TB"]
 
 
 def test_a_plan_says_what_quantization_changes(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from typing import TextIO
 import pytest
 
 from pipeline.finding import Finding
-from pipeline.progress import Console, ProgressSnapshot, choose_style, console, write
+from pipeline.progress import Console, ProgressSnapshot, choose_style, console, write, write_json
 
 NOW = ProgressSnapshot(
     num_rows=12345678,
@@ -50,6 +50,18 @@ def test_control_characters_of_names_and_captions_are_escaped(style, capsys):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", said)
     assert "\\u001b[2J\\u009b2J\\u202ea.jpg" in said
     assert '\n\t"b"\n' in said or style == "json"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_valid_in_every_encoding(encoding, monkeypatch):
+    """A stream that lacks é was given \\xe9, which no JSON has."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr("sys.stdout", stream)
+    text = "café … 🐈 \udcff \x9b2J"
+    assert write_json(json.dumps([text], ensure_ascii=False, indent=1))
+    said = stream.buffer.getvalue().decode(encoding)
+    assert json.loads(said) == [text] and "\x9b" not in said
+    assert ("é" in said) == (encoding == "utf-8")
 
 
 @pytest.fixture
