@@ -16,6 +16,8 @@ def result_file(name: str, given: str) -> Path:
     Raises:
         ValueError: it is a folder, is in none that exists, or may not be written.
     """
+    if not given:
+        raise ValueError(f"{name} must be the name of a file, got an empty one; name a file, or leave it out")
     path = Path(os.path.expanduser(given))
     if path.is_dir():
         raise ValueError(f"{name} must be a file, got the folder {given}; name a file in it")

@@ -20,7 +20,7 @@ from blip2_actor import Calibration, fit_calibration
 from pipeline.caption_counts import REGENERATED
 from pipeline.compare.metrics import words_of
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
-from pipeline.progress import Console, write_json
+from pipeline.progress import Console, count, write_json
 from pipeline.report.rows import FinishedRows
 from pipeline.result_file import result_file
 from pipeline.settings.report_settings import CalibrateSettings
@@ -57,6 +57,8 @@ def command(settings: CalibrateSettings) -> int:
         calibration = fit_calibration(examples.texts, examples.is_right, made_by(rows))
     calibration.save(into)
     console = Console(sys.stderr if settings.json else sys.stdout)
+    if rows.unfinished:
+        console.warn(f"{rows.unfinished}; captions of finished shards are counted")
     if settings.json:
         write_json(json.dumps(dataclasses.asdict(calibration), indent=1))
     else:
@@ -81,7 +83,7 @@ def read_examples(rows: FinishedRows, settings: CalibrateSettings) -> Examples:
             "with --keep"
         )
     column = settings.reference
-    judge = _by_file(settings.judged) if settings.judged else _by_column(str(column))
+    judge = _by_file(settings.judged) if settings.judged is not None else _by_column(str(column))
     found = Examples()
     for table in rows.tables(COLUMNS if column is None else [*COLUMNS, column]):
         for row in table.to_pylist():
@@ -107,7 +109,7 @@ def made_by(rows: FinishedRows) -> dict[str, Any]:
 
 def lines_of(calibration: Calibration, examples: Examples) -> Iterator[str]:
     """Yield the lines for the terminal."""
-    yield f"{calibration.num_examples:,} captions with a known truth, {calibration.accuracy:.1%} right"
+    yield f"{count(calibration.num_examples, 'caption')} with a known truth, {calibration.accuracy:.1%} right"
     yield (
         f"on captions held out: calibration error {calibration.calibration_error:.3f}, "
         f"AUROC {calibration.auroc:.3f}"

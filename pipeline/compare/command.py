@@ -23,16 +23,19 @@ from pipeline.settings.report_settings import CompareSettings
 def command(settings: CompareSettings) -> int:
     """Compare two outputs; the exit status says nothing of what has changed."""
     with before_work(type(settings)):
-        html = result_file("html", settings.html) if settings.html else None
+        html = result_file("html", settings.html) if settings.html is not None else None
         before, after = find_rows(settings.before), find_rows(settings.after)
         _check(before, after, settings.reference)
         num_rows = max(_num_rows(before), _num_rows(after))
+    console = Console(sys.stderr if settings.json else sys.stdout)
+    for name, side in zip("AB", (before, after), strict=True):
+        if isinstance(side, FinishedRows) and side.unfinished:
+            console.warn(f"{name}: {side.unfinished}; rows of finished shards are compared")
     others = [] if settings.reference is None else [settings.reference]
     join = Join(before, after, num_rows, others)
     comparison = compare(join, settings.reference)
     comparison.unmatched = dict(join.unmatched)
     scores = comparison.scores()
-    console = Console(sys.stderr if settings.json else sys.stdout)
     if settings.json:
         write_json(json.dumps(_to_dict(comparison, scores), indent=1))
     else:
@@ -47,21 +50,22 @@ def command(settings: CompareSettings) -> int:
 
 def summary_lines(comparison: Comparison, scores: dict[str, Score]) -> Iterator[str]:
     """Yield the lines for the terminal."""
-    yield f"{comparison.num_pairs:,} rows matched by key and image; unmatched: {_unmatched(comparison)}"
+    matched = count(comparison.num_pairs, "row")
+    yield f"{matched} matched by key and image; unmatched: {_unmatched(comparison)}"
     if comparison.unmatched and not comparison.num_pairs:
         yield "no row has a partner: give two runs over the same images, with the same keys"
     yield (
         f"{comparison.num_changed:,} of {comparison.num_captioned:,} captions changed "
-        f"({comparison.changed_fraction:.2%}), by {comparison.mean_distance:.2f} words on average"
+        f"({comparison.changed_fraction:.2%}), {comparison.mean_distance:.2f} words per caption on average"
     )
     if comparison.mean_logprob_change is not None:
         yield f"log-probability: {comparison.mean_logprob_change:+.3f} on average"
     for before, after, number in comparison.status_changes:
-        yield f"{number:,} rows: {before} -> {after}"
+        yield f"{count(number, 'row')}: {before} -> {after}"
     for name, score in scores.items():
         yield (
             f"{name}: {score.before:.4f} -> {score.after:.4f}, {score.change:+.4f} "
-            f"(95 % interval {score.low:+.4f} to {score.high:+.4f}, {comparison.num_scored:,} rows)"
+            f"(95 % interval {score.low:+.4f} to {score.high:+.4f}, {count(comparison.num_scored, 'row')})"
         )
     if comparison.reference and not scores:
         yield f"no captioned pair has a text in {comparison.reference}"

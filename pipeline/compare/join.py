@@ -22,7 +22,9 @@ from pipeline.compare.plain_rows import Rows
 
 COLUMNS = ("key", "shard", "row", "sha256", "caption", "logprob", "status", "error", "width", "height")
 ROWS_AT_ONCE = 100_000
-"""Rows of one output that are joined in memory."""
+"""Rows of one output that are joined in memory, as far as `MAX_PARTS` files have room for all."""
+MAX_PARTS = 512
+"""Files that are open at once; most systems let a process open 1,024."""
 
 Row = dict[str, Any]
 
@@ -47,7 +49,7 @@ class Join:
         """
         self._sides = (before, after)
         self._columns = [*COLUMNS, *others]
-        self._num_parts = 1 + num_rows // ROWS_AT_ONCE
+        self._num_parts = min(MAX_PARTS, 1 + num_rows // ROWS_AT_ONCE)
         self.unmatched: Counter[str] = Counter()
         """Rows without a partner: "only in A", "only in B", and "other image": the same key, other bytes."""
 

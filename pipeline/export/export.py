@@ -54,9 +54,8 @@ def export(settings: ExportSettings) -> int:
         f"{settings.into}: {count(len(found.shards), 'shard')}"
         + (f", {num_kept:,} of them up to date" if num_kept else "")
     )
-    if not found.is_whole:
-        left = len(found.run.shards) - len(found.shards)
-        console.warn(f"{left:,} shards of the run have no file yet; export again when the run has finished")
+    if found.unfinished:
+        console.warn(f"{found.unfinished}; export again when the run has finished")
     if not num_lost:
         return ExitStatus.DONE
     console.fail(

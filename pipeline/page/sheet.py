@@ -53,10 +53,6 @@ class Sheet:
     orders: Mapping[str, str]
     """Label of each value to sort by."""
 
-    @property
-    def num_pictures(self) -> int:
-        return sum(card.picture is not None for card in self.cards)
-
     def in_group(self, name: str) -> int:
         """Return the number of cards in a group."""
         return sum(name in card.groups for card in self.cards)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from pipeline.progress import count
 from pipeline.report.model import Report
 from pipeline.report.models import license_of
 from pipeline.report.pace import attempt_lines
@@ -34,7 +35,7 @@ def dataset_card(report: Report) -> str:
 def _body(report: Report) -> Iterator[str]:
     done = report.reconciliation
     yield "# Captions by BLIP-2\n"
-    yield f"{done.num_rows:,} rows, of which {done.num_ok:,} are ok and {done.num_failed:,} failed.\n"
+    yield f"{count(done.num_rows, 'row')}, of which {done.num_ok:,} are ok and {done.num_failed:,} failed.\n"
     for warning in report.warnings:
         yield f"> {_plain(warning)}\n"
     yield "## How they were made\n"

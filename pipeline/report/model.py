@@ -49,6 +49,8 @@ class Report:
     """Number of sampled rows by the Euclidean norm of their vector, to two digits, for each vector column."""
     thumbnails: Mapping[RowAddress, bytes]
     """JPEG files for some of the samples."""
+    max_thumbnails: int
+    """So many were asked for."""
     attempts: Attempts
 
     @property

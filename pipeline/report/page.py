@@ -21,7 +21,7 @@ from pipeline.report.pace import attempt_lines, last_s, time_of, verdict
 from pipeline.report.remedies import remedy
 from pipeline.report.rows import is_own_column, short_value
 from pipeline.report.samples import GROUPS
-from pipeline.report.statistics import LOGPROB_DIGITS, SCORE_DIGITS, size_class
+from pipeline.report.statistics import LOGPROB_DIGITS, SCORE_DIGITS, binned, size_class
 
 MAX_REASONS = 50
 MAX_TEXTS = 20
@@ -49,6 +49,7 @@ def _values(report: Report) -> dict[str, Any]:
         ],
         "facts": _facts(report),
         "sheet": _sheet(report),
+        "lacks_pictures": report.max_thumbnails > 0 and not report.thumbnails,
         "histograms": list(_histograms(report)),
         "statuses": statistics.by_status.most_common(),
         "failures": _failures(report),
@@ -121,15 +122,17 @@ def _card_texts(row: Mapping[str, Any]) -> Iterator[Text]:
 def _card_values(row: Mapping[str, Any], scores: Mapping[str, str]) -> dict[str, float]:
     """Return the numbers by which the sheet sorts; those of histograms are rounded as the bars are."""
     logprob = row.get("logprob")
-    values = {"logprob": logprob, "tokens": row.get("num_tokens")}
-    if logprob is not None:
-        values["likely"] = round(logprob, LOGPROB_DIGITS)
+    values = {"logprob": logprob, "tokens": row.get("num_tokens"), "likely": _bar(logprob, LOGPROB_DIGITS)}
     if row["width"] is not None:
         values["side"] = int(size_class(np.array(max(row["width"], row["height"]))))
     for field, name in scores.items():
-        score = row.get(name)
-        values[field] = None if score is None else round(score, SCORE_DIGITS)
+        values[field] = _bar(row.get(name), SCORE_DIGITS)
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _bar(value: float | None, digits: int) -> float | None:
+    """Return a number as the histograms count it; None if they leave it out."""
+    return None if value is None or not math.isfinite(value) else float(binned(np.array(value), digits))
 
 
 # Figures and tables -----------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ MAX_NORMS = 20_000
 def report(settings: ReportSettings) -> int:
     """Print a summary, and write the files that the settings name."""
     with before_work(type(settings)):
-        html = result_file("html", settings.html) if settings.html else None
-        card = result_file("card", settings.card) if settings.card else None
-        found = make_report(settings.output, settings.thumbnails if settings.html else 0)
+        html = result_file("html", settings.html) if settings.html is not None else None
+        card = result_file("card", settings.card) if settings.card is not None else None
+        found = make_report(settings.output, settings.thumbnails if html else 0)
     console = Console(sys.stderr if settings.json else sys.stdout)
     if settings.json:
         write_json(report_json(found))
@@ -90,6 +90,7 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
         samples=samples,
         norms=norms,
         thumbnails=thumbnails_of_run(run, [sample.row for sample in samples], num_thumbnails),
+        max_thumbnails=num_thumbnails,
         attempts=read_attempts(folder),
     )
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.progress.wording import escaped
+from pipeline.progress.wording import count, escaped
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
@@ -57,9 +57,12 @@ class FinishedRows:
         return cls(folder, run, shards)
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all shards of the run are finished."""
-        return len(self.shards) == len(self.run.shards)
+    def unfinished(self) -> str | None:
+        """Return how many shards of the run have no file yet, in words; None if all have one."""
+        total = len(self.run.shards)
+        left = total - len(self.shards)
+        has = "has" if left == 1 else "have"
+        return f"{left:,} of {count(total, 'shard')} {has} no file yet" if left else None
 
     def schema(self) -> pa.Schema:
         """Return the schema of the tables of the first file."""

@@ -168,11 +168,15 @@ def size_class(side_px: np.ndarray) -> np.ndarray:
     return 2 ** np.ceil(np.log2(np.maximum(side_px, 1))).astype(np.int64)
 
 
+def binned(numbers: np.ndarray, digits: int) -> np.ndarray:
+    """Return finite numbers as histograms count them: float64[...] to float64[...]."""
+    return np.round(np.clip(numbers, -MAX_SCORE, MAX_SCORE), digits) + 0.0
+
+
 def _rounded(column: pa.ChunkedArray, digits: int) -> dict[float, int]:
     """Count the finite numbers of a column, rounded."""
     numbers = pc.cast(column.drop_null(), pa.float64()).to_numpy()
-    rounded = np.round(np.clip(numbers[np.isfinite(numbers)], -MAX_SCORE, MAX_SCORE), digits) + 0.0
-    values, counts = np.unique(rounded, return_counts=True)
+    values, counts = np.unique(binned(numbers[np.isfinite(numbers)], digits), return_counts=True)
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 

@@ -34,6 +34,8 @@ class ReportSettings:
         require_types(self)
         if self.thumbnails < 0:
             raise ValueError(f"thumbnails must be at least 0, got {self.thumbnails}")
+        if self.card is not None and self.card == self.html:
+            raise ValueError(f"card must be another file than --html, got {self.card} twice; name two files")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,10 +71,10 @@ def _reason(done: Reconciliation, settings: CaptionSettings) -> str | None:
     if failed > settings.max_failed_fraction:
         limit = f"--max-failed-fraction {settings.max_failed_fraction:g}"
         lost = "; a partial shard counts as one failed row" if done.partial else ""
-        return f"{failed:.2%} of the rows failed, more than {limit} allows{lost}"
+        return f"{100 * failed:.3g}% of the rows failed, more than {limit} allows{lost}"
     if flagged > settings.max_flagged_fraction:
         limit = f"--max-flagged-fraction {settings.max_flagged_fraction:g}"
-        return f"{flagged:.2%} of the captions are flagged, more than {limit} allows"
+        return f"{100 * flagged:.3g}% of the captions are flagged, more than {limit} allows"
     return None
 
 

@@ -33,10 +33,8 @@ def show(settings: ShowSettings) -> int:
         written = (write(sys.stdout, text) for text in _texts(rows))
     if not all(written):
         return ExitStatus.DONE
-    if not found.is_whole:
-        total = len(found.run.shards)
-        left = total - len(found.shards)
-        Console(sys.stderr).say(f"{left:,} of {total:,} shards have no file yet and are not shown")
+    if found.unfinished:
+        Console(sys.stderr).say(f"{found.unfinished}; rows of finished shards are shown")
     return ExitStatus.DONE
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,6 +160,18 @@ def test_a_join_in_many_parts_finds_the_same(tmp_path, monkeypatch):
     assert other.unmatched == join.unmatched == {"only in A": 10, "only in B": 10}
 
 
+def test_a_join_of_a_billion_rows_opens_no_more_files_than_a_process_may(tmp_path, monkeypatch):
+    """Each part was a file that stayed open: "Too many open files", from a hundred million rows on."""
+    found = write_output(tmp_path / "a", {"0.tar": [ok(f"k{n}", "a cat") for n in range(1_500)]})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        side = FinishedRows.find(found)
+        assert len(list(Join(side, side, 1_000_000_000, []))) == 1_500
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 # What is counted --------------------------------------------------------------------------------------
 
 
@@ -176,7 +189,9 @@ def test_pairs_are_counted():
     assert found.mean_logprob_change == pytest.approx(-1 / 6)
     assert found.status_changes == [("ok", "undecodable", 1)]
     assert [change.pair.before["key"] for change in found.largest()] == ["c", "b", "d"]
-    assert "2 of 3 captions changed (66.67%), by 1.33 words on average" in list(summary_lines(found, {}))
+    said = list(summary_lines(found, {}))
+    assert "2 of 3 captions changed (66.67%), 1.33 words per caption on average" in said
+    assert "1 row: ok -> undecodable" in said
 
 
 def test_only_the_largest_changes_are_kept(monkeypatch):
@@ -304,6 +319,17 @@ def test_runs_over_other_images_are_named(tmp_path, capsys):
     after = write_output(tmp_path / "b", {"0.tar": [ok("b", "a cat")]})
     assert main(["compare", before, after]) == 0
     assert "no row has a partner: give two runs over the same images" in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_finished_says_so(tmp_path, capsys):
+    """Its other rows were "only in B", without a reason."""
+    rows = {"0.tar": [ok("a", "a cat")], "1.tar": [ok("b", "a dog")]}
+    before, after = (write_output(tmp_path / name, rows) for name in "ab")
+    (tmp_path / "a" / "1.tar.parquet").unlink()
+    assert main(["compare", before, after, "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "A: 1 of 2 shards has no file yet; rows of finished shards are compared\n"
+    assert json.loads(said.out)["unmatched"] == {"only in B": 1}
 
 
 def test_plain_files_are_compared_whatever_types_their_writer_has_chosen(tmp_path, capsys):

@@ -185,14 +185,38 @@ def test_the_command_prints_the_summary_and_writes_the_page(folder, tmp_path, ca
         ),
         ("card", ".", "a file, got the folder .*name a file in it"),
         ("html", "~no/report.html", "a file in a folder of this machine"),
+        ("card", "", "the name of a file, got an empty one"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused_before_work(folder, tmp_path, capsys, flag, name, rule):
     """All shards and pictures were read first, and the end was `[Errno 2] No such file or directory`."""
-    assert main(["report", folder.uri, f"--{flag}", str(tmp_path / name)]) == 3
+    assert main(["report", folder.uri, f"--{flag}", name and str(tmp_path / name)]) == 3
     said = capsys.readouterr()
     assert said.out == ""
     assert re.fullmatch(f"blip2: --{flag} must be {rule}.*\n", said.err)
+
+
+def test_the_page_and_the_card_are_two_files(folder, tmp_path, capsys):
+    """The card replaced the page."""
+    assert main(["report", folder.uri, "--html", "a.md", "--card", "a.md"]) == 3
+    assert "--card must be another file than --html, got a.md twice" in capsys.readouterr().err
+
+
+def test_a_bar_finds_the_rows_that_it_counts(folder):
+    """Bars end at 100 on both sides, and rows beyond were in none of them."""
+    found = make_report(folder.uri)
+    far = dataclasses.replace(found.samples[0], row={**found.samples[0].row, "logprob": -123.45, "fit": 1e9})
+    outputs = Outputs(score=("fit=caption",), score_model="me/itm")
+    settings = CaptionSettings(input=("i",), output="o", outputs=outputs).to_dict()
+    run = dataclasses.replace(found.run, settings=settings)
+    page = render_page(dataclasses.replace(found, samples=[far], run=run))
+    assert 'data-likely="-100.0"' in page and 'data-score0="100.0"' in page
+
+
+def test_the_page_says_that_pictures_are_lacking_only_if_some_were_asked_for(folder):
+    found = make_report(folder.uri)
+    assert "No picture" not in render_page(found)
+    assert "No picture" in render_page(dataclasses.replace(found, max_thumbnails=9))
 
 
 def test_a_home_folder_of_nobody_is_a_folder_that_is_missing(folder, capsys):

@@ -93,7 +93,7 @@ def test_a_command_ends_with_them(finished, monkeypatch, capsys):
 def test_an_exit_status_is_explained(finished):
     folder, done = finished
     lines = outcome_lines(folder, done, allowed_failed=0.1)
-    assert "exit status 2: 20.00% of the rows failed, more than --max-failed-fraction 0.1 allows" in lines
+    assert "exit status 2: 20% of the rows failed, more than --max-failed-fraction 0.1 allows" in lines
     cut = dataclasses.replace(done.summaries[0], complete=False, reason="unexpected end of data")
     lines = outcome_lines(folder, dataclasses.replace(done, summaries=(cut, *done.summaries[1:])), 0.0)
     [why] = [line for line in lines if line.startswith("exit status")]
@@ -122,7 +122,7 @@ def test_a_program_reads_how_a_run_has_ended(finished, capsys):
         choose_style("text")
     end = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (end["event"], end["exit_status"], end["num_rows"]) == ("end", 2, 40)
-    assert end["by_status"] == {"ok": 32, "undecodable": 8} and end["reason"].startswith("20.00% of the rows")
+    assert end["by_status"] == {"ok": 32, "undecodable": 8} and end["reason"].startswith("20% of the rows")
 
 
 @pytest.mark.parametrize(("allowed", "status"), [(1.0, 0), (0.5, 2)])

@@ -158,7 +158,7 @@ def test_a_pipe_gets_whole_lines_with_tabs(output, capsys):
     assert header == ["key", "status", "logprob", "caption", "error", "color", "vector"]
     assert first == ["photo-0-0", "ok", "-1", r"a \u001b[2Jcat \u009bon 猫 a mat 0", "", "red", "2 values"]
     assert failed == ["photo-0-4", "undecodable", "", "", "cut at byte 4", "", ""]
-    assert said.err == "1 of 3 shards have no file yet and are not shown\n"
+    assert said.err == "1 of 3 shards has no file yet; rows of finished shards are shown\n"
 
 
 def test_a_terminal_gets_a_table(output, monkeypatch):
