@@ -30,7 +30,8 @@ class Command:
     starts_ray: bool = True
     """False if it only asks a cluster that exists, with the token that its user has."""
     is_job: bool = False
-    """What it makes is in its output, so that it has not failed when nothing can be printed."""
+    """What it makes is in its output, so that it has not failed when nothing can be printed. Of
+    `blip2 submit`, that of the job counts."""
 
     def parts(self, name: str) -> list[str]:
         """Return the parts of a configuration file that apply; a plan also has that of its command."""
@@ -72,7 +73,6 @@ COMMANDS = {
         "pipeline.settings.demo_settings:DemoSettings",
         "pipeline.demo.demo:demo",
         (("blip2 demo --num-images 300", "a short demonstration, in the folder demo_output"),),
-        is_job=True,
     ),
     "caption": Command(
         "Caption every image of an input; run again to resume.",
@@ -253,7 +253,6 @@ COMMANDS = {
         ),
         JOB,
         starts_ray=False,
-        is_job=True,
     ),
 }
 OTHERS = {

@@ -39,6 +39,7 @@ from pipeline.cli.command_table import (
 )
 from pipeline.cli.log_level import LEVELS, print_log
 from pipeline.cli.serve import become_deployment
+from pipeline.storage.secrets import hide_secrets
 
 EXAMPLES = (
     ("blip2 demo", "try it on drawn scenes, without a download"),
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(wrap_for(sys.stderr, str(error)) + "\n")
         return WRONG_FLAGS
     except ValueError as error:
-        sys.stderr.write(wrap_for(sys.stderr, f"blip2 {arguments[0]}: {error}") + "\n")
+        sys.stderr.write(wrap_for(sys.stderr, hide_secrets(f"blip2 {arguments[0]}: {error}")) + "\n")
         return WRONG_FLAGS
     except BrokenPipeError:  # the reader has what it wanted
         return 0
@@ -163,7 +164,8 @@ def _run(arguments: list[str]) -> int:
         if level is not None:
             choose_log_level(level)
     status = command.load()(settings)
-    return status if command.is_job else _written(status)
+    is_kept = COMMANDS[job[0]].is_job and not settings.no_wait if job else command.is_job
+    return status if is_kept else _written(status)
 
 
 def _written(status: int) -> int:

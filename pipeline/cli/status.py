@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
-from pipeline.progress import Console
+from pipeline.progress import Console, is_read
 from pipeline.report.status import RunStatus
 from pipeline.settings.report_settings import StatusSettings
 
@@ -14,7 +14,7 @@ WATCH_EVERY_S = 5.0
 
 @errors_to_exit_status
 def status(settings: StatusSettings) -> int:
-    """Print how far a run is; again and again with `watch`, until no driver works on it."""
+    """Print how far a run is; again and again with `watch`, while a driver works on it and somebody reads."""
     console = Console()
     with before_work(type(settings)):
         found = RunStatus.read(settings.output)
@@ -22,7 +22,7 @@ def status(settings: StatusSettings) -> int:
     while True:
         for line in lines:
             console.result(line)
-        if not (settings.watch and found.has_driver):
+        if not (settings.watch and found.has_driver and is_read()):
             return ExitStatus.DONE
         time.sleep(WATCH_EVERY_S)
         found = RunStatus.read(settings.output)

@@ -10,7 +10,7 @@ from pipeline.progress.console import LINE_EVERY_S, LOG_EVERY_S, Console, choose
 from pipeline.progress.rate import Rate
 from pipeline.progress.snapshot import ProgressSnapshot
 from pipeline.progress.wording import count, cut, duration, format_bytes
-from pipeline.progress.writing import lost_output, write, write_json
+from pipeline.progress.writing import is_read, lost_output, write, write_json
 
 __all__ = [
     "LINE_EVERY_S",
@@ -23,6 +23,7 @@ __all__ = [
     "cut",
     "duration",
     "format_bytes",
+    "is_read",
     "lost_output",
     "write",
     "write_json",

@@ -22,12 +22,18 @@ _SURROGATE = re.compile("[\ud800-\udfff]+")
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
 
 _lost: OSError | None = None
+_is_read = True
 
 
 def lost_output() -> OSError | None:
     """Return why standard output has taken nothing more, such as a full disk; None while its reader is there,
     or has gone."""
     return _lost
+
+
+def is_read() -> bool:
+    """Return whether standard output still takes what is written; it may have lost its reader, or be full."""
+    return _is_read
 
 
 def write(stream: TextIO | None, text: str) -> bool:
@@ -37,7 +43,7 @@ def write(stream: TextIO | None, text: str) -> bool:
     terminal) takes nothing from then on: what a job makes is in its files, and so the job goes on. Neither
     does one that cannot be written, which `lost_output` tells.
     """
-    global _lost
+    global _lost, _is_read
     if stream is None:  # Python was started without it
         return False
     try:
@@ -48,8 +54,9 @@ def write(stream: TextIO | None, text: str) -> bool:
             stream.write(plain.encode("ascii", "backslashreplace").decode())
         stream.flush()
     except OSError as error:
-        if stream is sys.stdout and error.errno not in READER_GONE:
-            _lost = error
+        if stream is sys.stdout:
+            _is_read = False
+            _lost = _lost if error.errno in READER_GONE else error
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)

@@ -103,6 +103,7 @@ class RunStatus:
             "rows_left": self.rows_left,
             "rows_per_s": self.attempts.rows_per_s,
             "num_attempts": len(self.attempts),
+            "refusal": None if self.refusal is None else str(self.refusal),
             "input": _input_lines(self.ledger, self.run),
             "drivers": [
                 {"driver": str(holder), "slice": None if part is None else str(part), **holder.progress}
@@ -179,4 +180,4 @@ def _driver_line(holder: Holder | None, is_unfinished: bool) -> str:
 def _expected_end(left_s: float | None) -> str:
     if left_s is None:
         return ""
-    return time.strftime(", ends about %Y-%m-%d %H:%M", time.localtime(time.time() + left_s))
+    return time.strftime(", ends about %Y-%m-%d %H:%M %Z", time.localtime(time.time() + left_s))

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from blip2_actor.flags import split_uri
+
 JOBS = ("caption", "embed", "score", "retry", "plan")
 """Commands that run as a job."""
 
@@ -42,6 +44,7 @@ def require_dashboard(name: str, address: str) -> None:
         raise ValueError(
             f"{name} must be that of the dashboard, such as http://127.0.0.1:8265, got {address}"
         )
+    split_uri(name, address)  # which refuses a port that is no number
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -43,7 +43,8 @@ def submit(settings: SubmitSettings) -> int:
             size = f"{count(package.num_files, 'file')}, {format_bytes(package.num_bytes)}"
             console.say(f"sending {' and '.join(PACKAGES)}: {size}")
             submission_id = begin(client, command, package)
-        console.say(f"submitted the job {submission_id}: {command.entrypoint}")
+        say = console.result if settings.no_wait else console.say
+        say(f"submitted the job {submission_id}: {command.entrypoint}")
     console.event("submitted", submission_id=submission_id, address=address)
     console.say(f"to stop it: ray job stop --address {address} {submission_id}")
     if settings.no_wait:
@@ -66,14 +67,16 @@ def _other_command(submission_id: str, entrypoint: str, command: JobCommand) -> 
 def _end(
     status: str, exit_code: int | None, command: JobCommand, submission_id: str, console: Console
 ) -> int:
-    """Say how a job has ended, and return its own exit status."""
+    """Say how a job has ended, and return the exit status of the command: that of the job, if it has one."""
     if status == "STOPPED":
         console.warn(
             f"the job {submission_id} was stopped; what it has finished is kept in {command.output}, and the "
             "same command goes on from there"
         )
-        return ExitStatus.TERMINATED
-    own = ExitStatus.DONE if status == "SUCCEEDED" else exit_code
-    console.say(f"the job {submission_id} has ended with exit status {'unknown' if own is None else own}")
-    console.event("end", submission_id=submission_id, exit_status=own)
-    return ExitStatus.FAILED if own is None or own < 0 else own
+        ended: int = ExitStatus.TERMINATED
+    else:
+        own = ExitStatus.DONE if status == "SUCCEEDED" else exit_code
+        console.say(f"the job {submission_id} has ended with exit status {'unknown' if own is None else own}")
+        ended = ExitStatus.FAILED if own is None or own < 0 else own
+    console.event("end", submission_id=submission_id, exit_status=ended)
+    return ended

@@ -57,12 +57,24 @@ def test_output_that_a_full_disk_does_not_take_is_a_failure(words: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "status"), [("plan in", 1), ("plan embed in --embed v=vision", 1), ("caption in -o out", 0)]
+    ("words", "status"),
+    [
+        ("plan in", 1),
+        ("plan embed in --embed v=vision", 1),
+        ("caption in -o out", 0),
+        ("demo", 1),
+        ("submit plan s3://b/in --on-cluster", 1),
+        ("submit --no-wait caption s3://b/in -o s3://b/out", 1),
+        ("submit caption s3://b/in -o s3://b/out", 0),
+    ],
 )
 def test_a_plan_that_a_full_disk_does_not_take_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, words: str, status: int
 ) -> None:
-    """`blip2 plan --json > plan.json` on a full disk left an empty file, and its exit status was 0."""
+    """`blip2 plan --json > plan.json` on a full disk left an empty file, and its exit status was 0.
+
+    What a job makes is in its output. That of `demo`, of a submitted plan, and of --no-wait is printed.
+    """
     monkeypatch.setattr(writing, "_lost", OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(Command, "load", lambda command: lambda settings: 0)
     assert main.main(words.split()) == status

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ from pipeline.ledger.layout import LEASE
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.progress import ProgressSnapshot, choose_style
+from pipeline.progress import ProgressSnapshot, choose_style, writing
 from pipeline.report.pace import UNKNOWN
 from pipeline.report.status import RunStatus
 from pipeline.schema import ROW_CONTRACT
@@ -108,6 +109,22 @@ def test_watching_shows_a_run_again_until_its_driver_has_ended(folder, capsys, m
     assert said.endswith("no driver is running; run the same command to resume\n")
     assert main(["status", folder.uri, "--watch"]) == 0, "without a driver it shows the run once"
     assert len(naps) == 2
+
+
+@pytest.mark.parametrize("error", [errno.EPIPE, errno.ENOSPC])
+def test_watching_ends_when_nobody_reads(folder, monkeypatch, error):
+    """`blip2 status --watch | head -1` went on for as long as the run."""
+
+    def refuse(text: str) -> None:
+        raise OSError(error, "x")
+
+    with open(os.devnull, "w") as file, Lease(folder):
+        broken = SimpleNamespace(isatty=lambda: False, fileno=file.fileno, write=refuse)
+        monkeypatch.setattr("sys.stdout", broken)
+        monkeypatch.setattr(writing, "_is_read", True)
+        monkeypatch.setattr(writing, "_lost", None)
+        monkeypatch.setattr(command.time, "sleep", lambda seconds: pytest.fail("it goes on"))
+        assert main(["status", folder.uri, "--watch"]) == (1 if error == errno.ENOSPC else 0)
 
 
 def test_a_driver_of_another_machine_without_a_heartbeat_is_not_watched_forever(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import typing
@@ -19,10 +20,12 @@ from blip2_actor.flags.fields import field_docs
 from pipeline.cli.command_table import COMMANDS
 from pipeline.cli.main import main, parse, read_job
 from pipeline.errors import RayStartFailed
+from pipeline.progress import Console, choose_style
 from pipeline.submit.cluster_job import begin, follow, running_job
 from pipeline.submit.job_command import JobCommand, check_command
 from pipeline.submit.package import packed
 from pipeline.submit.settings import JOBS, SubmitSettings
+from pipeline.submit.submit import _end
 
 IN, OUT = "s3://bucket/in", "s3://bucket/captions"
 
@@ -37,6 +40,11 @@ IN, OUT = "s3://bucket/in", "s3://bucket/captions"
         (f"plan --input {IN}", 3, "--on-cluster must be set for a submitted plan"),
         (f"caption --input {IN} --output captions", 3, "--output must be a URI or an absolute path"),
         (f"caption --input {IN} --output {OUT} --calibration c.json", 3, "--calibration must be a URI or an"),
+        (
+            f"--address http://h:99999 plan --input {IN} --on-cluster",
+            3,
+            "--address must be a URI whose host",
+        ),
         (
             f"--address http://127.0.0.1:1 caption --input {IN}?region=us-east-1 --output {OUT}",
             1,
@@ -192,6 +200,21 @@ def test_the_name_of_a_job_is_that_of_its_output():
     assert command("/data/Große Bilder!").submission_id.startswith("blip2-gro-e-bilder-")
     assert first.entrypoint == f"python -m pipeline caption --input {IN} --output {OUT}"
     assert command(OUT, "--prompt", "what is it?").entrypoint.endswith("--prompt 'what is it?'")
+
+
+@pytest.mark.parametrize(
+    ("ended", "code", "status"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", None, 1), ("FAILED", -9, 1), ("STOPPED", None, 143)],
+)
+def test_the_last_line_of_json_has_the_exit_status_of_the_command(ended, code, status, capsys):
+    """A job that was stopped had no such line."""
+    choose_style("json")
+    try:
+        assert _end(ended, code, command(OUT), "blip2-1", Console()) == status
+    finally:
+        choose_style("text")
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["event"], last["exit_status"]) == ("end", status)
 
 
 def test_only_the_packages_are_sent():
