@@ -10,7 +10,9 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, get_token, snapshot_download
@@ -33,6 +35,19 @@ ENCODER_PARAMETERS = 1_100_000_000
 WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)")
 BYTES_PER_STORED_PARAMETER = 4
 """Of checkpoints without safetensors, which are stored in float32."""
+INDEX = ".index.json"
+WEIGHT_FILES = (
+    *("model.safetensors", f"model.safetensors{INDEX}"),
+    *("pytorch_model.bin", f"pytorch_model.bin{INDEX}"),
+)
+"""Files that hold the weights, or name those that do; an engine reads the first that is there."""
+ADAPTER = "adapter_config.json"
+POINTER = b"version https://git-lfs"
+"""How a file begins that git has cloned without its content."""
+
+
+class SizeUnknown(Exception):
+    """The hub does not tell how large a checkpoint is."""
 
 
 def check_hub(is_needed: bool) -> Finding:
@@ -75,19 +90,16 @@ def check_cache_disk(is_needed: bool) -> Finding:
 
 
 def check_model(model: str, revision: str | None) -> Finding:
-    """Check that a checkpoint can be read, and compare its size with the free memory of the device."""
+    """Check that a checkpoint is whole, and compare its size with the free memory of the device."""
     try:
         info = EngineConfig(model=model, revision=revision).info()
-    except (ValueError, OSError) as error:
-        return Finding("model", "fail", str(error), "give another --model, or restore it")
-    try:
         num_parameters = count_parameters(model, revision)
-    except FileNotFoundError as error:
-        remedy = "unset HF_HUB_OFFLINE, or download the model before"
-        return Finding("model", "fail", str(error), remedy)
-    except OSError as error:
+    except SizeUnknown as error:
         remedy = "compare its size in docs/checkpoints.md with the free memory"
         return Finding("model", "warn", f"{model} can be read, its size is unknown: {error}", remedy)
+    except (ValueError, OSError) as error:
+        found, _, remedy = str(error).rpartition("; ")
+        return Finding("model", "fail", found or str(error), remedy if found else "give another --model")
     if not num_parameters:
         return Finding("model", "fail", f"{model} holds no weights", "give a folder with safetensors files")
     device = resolve_device("auto")
@@ -122,8 +134,8 @@ def count_parameters(model: str, revision: str | None) -> int:
         0 if it has no weights.
 
     Raises:
-        FileNotFoundError: its weights are not here, and the hub may not be asked.
-        OSError: it cannot be read, or the hub does not tell.
+        SizeUnknown: the hub does not tell.
+        OSError: a file of weights is missing or incomplete; or it is not here, and the hub may not be asked.
     """
     if is_on_hub(model):
         return _count_on_hub(model, revision)
@@ -132,20 +144,43 @@ def count_parameters(model: str, revision: str | None) -> int:
 
 def _count_in_folder(uri: str) -> int:
     folder = Folder(uri)
-    names = [name for name in folder.names() if "/" not in name]
-    tensors = [name for name in names if name.endswith(".safetensors")]
-    if tensors:
-        return sum(folder.read(name, _count_in_header) for name in tensors)
-    pickles = [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
-    return sum(folder.read(name, lambda file: file.seek(0, os.SEEK_END)) for name in pickles) // (
-        BYTES_PER_STORED_PARAMETER
-    )
+    names = {name for name in folder.names() if "/" not in name}
+    first = next((name for name in WEIGHT_FILES if name in names), None)
+    if first is None and ADAPTER in names:
+        return count_parameters(str(_json_of(folder, ADAPTER)["base_model_name_or_path"]), None)
+    files = {first} if first else set()
+    if first and first.endswith(INDEX):
+        files = set(_json_of(folder, first)["weight_map"].values())
+    if files - names:
+        lacking = ", ".join(sorted(files - names))
+        raise OSError(f"{folder} lacks {lacking}, which {first} names; fetch the checkpoint again")
+    return sum(folder.read(name, partial(_count_in_file, name)) for name in files)
 
 
-def _count_in_header(file: OpenFile) -> int:
-    """Count the parameters that the header of a safetensors file lists."""
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+def _json_of(folder: Folder, name: str) -> dict[str, Any]:
+    return dict(json.loads(folder.get(name) or b"{}"))
+
+
+def _count_in_file(name: str, file: OpenFile) -> int:
+    """Count the parameters that the header of a safetensors file lists, or those that fit into another file.
+
+    Raises:
+        OSError: the file is incomplete, or is not there but for its name.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(len(POINTER))
+    if start == POINTER:
+        raise OSError("it is a pointer of Git LFS; run git lfs pull in its folder")
+    if name.endswith(".bin"):
+        return size // BYTES_PER_STORED_PARAMETER
+    header_bytes = 8 + int.from_bytes(start[:8], "little")
+    file.seek(8)
+    header = json.loads(file.read(header_bytes - 8)) if 8 < header_bytes <= size else {}
+    tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+    if not tensors or header_bytes + max(tensor["data_offsets"][1] for tensor in tensors) > size:
+        raise OSError("it is not a complete safetensors file; fetch it again")
+    return sum(math.prod(tensor["shape"]) for tensor in tensors)
 
 
 def _count_on_hub(model: str, revision: str | None) -> int:
@@ -154,7 +189,10 @@ def _count_on_hub(model: str, revision: str | None) -> int:
         if cached := _count_in_folder(snapshot_download(model, revision=revision, local_files_only=True)):
             return cached
     if constants.HF_HUB_OFFLINE:
-        raise FileNotFoundError(f"the weights of {model} are not in the cache, and HF_HUB_OFFLINE is set")
+        raise FileNotFoundError(
+            f"the weights of {model} are not in the cache, and HF_HUB_OFFLINE is set; unset it, or download "
+            "the model before"
+        )
     try:
         found = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
         if found.safetensors is not None:
@@ -164,7 +202,7 @@ def _count_on_hub(model: str, revision: str | None) -> int:
         if any(name.endswith(".safetensors") for name in weights):
             return sum(HfApi().get_safetensors_metadata(model, revision=revision).parameter_count.values())
     except Exception as error:  # The client also raises the errors of its HTTP library.
-        raise OSError(f"the hub does not tell it ({error})") from error
+        raise SizeUnknown(f"the hub does not tell it ({error})") from error
     if not files or None in weights.values():
-        raise OSError("the hub does not tell the sizes of its files")
+        raise SizeUnknown("the hub does not tell the sizes of its files")
     return sum(size or 0 for size in weights.values()) // BYTES_PER_STORED_PARAMETER

@@ -72,6 +72,10 @@ class Plan:
         return RAY_START_S + self.stage_costs.start_s
 
     @property
+    def _cores(self) -> str:
+        return count(self.num_cpus, "core")
+
+    @property
     def _remedy(self) -> str:
         num_decoders = self.settings.placement.max_decode_actors or self.num_cpus
         machines = Machines(
@@ -88,7 +92,8 @@ class Plan:
 
     @property
     def failed_fraction(self) -> float:
-        return 1 - self.by_status[Status.OK.value] / len(self.stage_costs.rows)
+        number = len(self.stage_costs.rows)
+        return (number - self.by_status[Status.OK.value]) / number
 
     @property
     def flagged_fraction(self) -> float:
@@ -162,7 +167,7 @@ class Plan:
             )
         recorded = "" if self.earlier_start_s is None else ", as in the last run of this output"
         yield (
-            f"{self.place:10}{duration(prediction.here_s)} with one actor on {self.num_cpus:,} cores, "
+            f"{self.place:10}{duration(prediction.here_s)} with one actor on {self._cores}, "
             f"{duration(self.start_s)} of it start-up{recorded}; "
             f"bottleneck: {prediction.bottleneck}; {self._remedy}"
         )
@@ -190,11 +195,11 @@ class Plan:
 
     def _what_meets(self, deadline_s: float) -> str:
         if self.meets_deadline:
-            return f"which one actor meets on {self.num_cpus:,} cores"
+            return f"which one actor meets on {self._cores}"
         left_s = deadline_s - self.start_s
         if left_s <= 0:
             return "before which no image is captioned, because of the start-up; give a later --deadline"
-        not_here = f"which one actor does not meet on {self.num_cpus:,} cores"
+        not_here = f"which one actor does not meet on {self._cores}"
         num_actors = math.ceil(self.prediction.actor_s / left_s)
         if num_actors == 1:
             return f"{not_here}, where {self.prediction.bottleneck} is the bottleneck"

@@ -258,8 +258,30 @@ def test_whether_the_model_fits(monkeypatch, tmp_path):
         monkeypatch.setattr(model, "free_bytes", lambda device, free=free: free)
         require(model.check_model("demo", None), "warn", f"free on cpu: {verdict}")
     require(model.check_model(str(tmp_path), None), "fail", "holds no weights")
-    (tmp_path / "pytorch_model-1.bin").write_bytes(bytes(4000))
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(4000))
     assert model.count_parameters(str(tmp_path), None) == 1000
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "demo"}')
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert model.count_parameters(str(tmp_path), None) == num_parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda file: file.write_bytes(model.POINTER + b"/spec/v1\noid sha256:ab\nsize 9\n"), "Git LFS"),
+        (lambda file: os.truncate(file, 5_000_000), "not a complete safetensors file"),
+        (lambda file: os.truncate(file, 9), "not a complete safetensors file"),
+        (
+            lambda file: file.rename(f"{file}.index.json").write_text('{"weight_map": {"a": "1.x"}}'),
+            "lacks 1.x",
+        ),
+    ],
+)
+def test_weights_that_are_not_whole(tmp_path, change, found):
+    """A clone without Git LFS was a MemoryError, and the others were ok."""
+    shutil.copytree(model.DEMO, tmp_path / "model")
+    change(tmp_path / "model" / "model.safetensors")
+    require(model.check_model(str(tmp_path / "model"), None), "fail", found)
 
 
 def test_the_size_of_a_model_on_the_hub(monkeypatch):

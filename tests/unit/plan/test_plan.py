@@ -207,6 +207,14 @@ def test_failures_of_the_sample_are_counted_and_shown(tmp_path):
     assert "exit status 2" in said
 
 
+def test_as_many_failures_as_are_allowed_are_not_too_many(tmp_path):
+    """1 - 0.95 is a little more than 0.05."""
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=20, broken_every=20)
+    found = make_plan(settings(tmp_path / "in", max_failed_fraction=0.05), FakeEngineConfig())
+    assert found.by_status["undecodable"] == 1
+    assert "exit status 2" not in "\n".join(found.lines())
+
+
 def test_an_input_without_decodable_images_is_refused_with_the_reason(tmp_path):
     write_tar(tmp_path / "0.tar", {"a": BROKEN, "b": BROKEN})
     with pytest.raises(ValueError, match=r"none of the 2 sampled images can be decoded .*; check the input"):
