@@ -23,7 +23,7 @@ MAX_LINES = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of the contact sheet, with all its columns."""
+    """A row of the contact sheet, with all its columns but the vectors that the run has made."""
 
     row: Mapping[str, Any]
     groups: tuple[str, ...]

@@ -1,15 +1,15 @@
 """The command `blip2 report`: read an output once, then print a summary and write a page, JSON or a card.
 
 The output alone is read: the ledger, the footers and the rows of the finished files, one row group at a
-time, and then the chosen rows again with all their columns. Only thumbnails need the input, which is read
-again for these rows. The command needs no Ray and no model.
+time, and then the chosen rows again with all columns but the vectors. Only thumbnails need the input, which
+is read again for these rows. The command needs no Ray and no model.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +106,7 @@ class _RowGroup:
 
 @dataclass
 class _Reading:
-    """The two passes over an output: all rows in a few columns, then a few rows with all columns."""
+    """The two passes over an output: all rows in a few columns, then a few rows in all but the vectors."""
 
     folder: Folder
     statistics: Statistics
@@ -127,29 +127,35 @@ class _Reading:
                 self.statistics.add(rows)
 
     def samples(self, vectors: Mapping[str, str]) -> tuple[list[Sample], dict[str, Counter[float]]]:
-        """Read the chosen rows with all their columns; count the norms of the vectors around them."""
+        """Read the chosen rows without their vectors; count the norms of the vectors around them."""
         chosen = self.chooser.chosen()
         rows: dict[int, Mapping[str, Any]] = {}
         norms: dict[str, Counter[float]] = {name: Counter() for name in vectors}
-        for table, start, numbers in self._tables(sorted(chosen)):
-            picked = table.take([number - start for number in numbers]).to_pylist()
+        for group, numbers in self._row_groups(sorted(chosen)):
+            counted = {name for name, counts in norms.items() if counts.total() < MAX_NORMS}
+            table = self._read(group, norms.keys() - counted)
+            for name in counted.intersection(table.column_names):
+                norms[name].update(_norms(table[name].slice(0, MAX_NORMS - norms[name].total())))
+                table = table.drop_columns(name)
+            picked = table.take([number - group.start for number in numbers]).to_pylist()
             rows.update(zip(numbers, picked, strict=True))
-            for name, counts in norms.items():
-                if name in table.column_names and counts.total() < MAX_NORMS:
-                    counts.update(_norms(table[name].slice(0, MAX_NORMS - counts.total())))
         return [Sample(rows[number], groups) for number, groups in chosen.items()], norms
 
-    def _tables(self, numbers: list[int]) -> Iterator[tuple[pa.Table, int, list[int]]]:
-        """Yield the row groups with some rows, the number of the first row of each, and these rows."""
+    def _read(self, group: _RowGroup, without: Set[str]) -> pa.Table:
+        with self.folder.open(output_name(group.shard)) as file:
+            parquet = pq.ParquetFile(file)
+            columns = [name for name in parquet.schema_arrow.names if name not in without]
+            return parquet.read_row_group(group.group, columns=columns)
+
+    def _row_groups(self, numbers: list[int]) -> Iterator[tuple[_RowGroup, list[int]]]:
+        """Yield the row groups with some rows, and these rows."""
         starts = [group.start for group in self.groups]
         found = np.searchsorted(starts, numbers, side="right") - 1
         wanted: dict[int, list[int]] = {}
         for index, number in zip(found.tolist(), numbers, strict=True):
             wanted.setdefault(index, []).append(number)
         for index, of_group in wanted.items():
-            group = self.groups[index]
-            with self.folder.open(output_name(group.shard)) as file:
-                yield pq.ParquetFile(file).read_row_group(group.group), group.start, of_group
+            yield self.groups[index], of_group
 
 
 def _norms(column: pa.ChunkedArray) -> dict[float, int]:

@@ -289,6 +289,18 @@ def test_named_outputs_are_counted(tmp_path):
     assert "Answers: color" in page and "Score fit" in page and "Norm of vector, of 27 sampled rows" in page
 
 
+def test_vectors_are_counted_and_not_kept(tmp_path, monkeypatch):
+    """426 rows with the vectors of 32 queries took 1.6 GB and were 175 MB of JSON."""
+    folder = write_run(tmp_path, num_tars=2, outputs=Outputs(embed=("vector=vision",)))
+    found = make_report(folder.uri)
+    assert found.norms["vector"] == {2.24: 54} and len(found.samples) == 60
+    assert all("vector" not in sample.row and "color" in sample.row for sample in found.samples)
+    monkeypatch.setattr("pipeline.report.report.MAX_NORMS", 20)
+    found = make_report(folder.uri)
+    assert found.norms["vector"].total() == 20, "the second file is read without its vectors"
+    assert all("vector" not in sample.row for sample in found.samples)
+
+
 def test_the_demo_model_warns_of_images_that_are_not_its_own(tmp_path):
     folder = write_run(tmp_path, num_tars=1, engine=EngineConfig(model="demo"))
     found = make_report(folder.uri)
