@@ -57,6 +57,15 @@ def test_output_that_a_full_disk_does_not_take_is_a_failure(words: list[str]) ->
 
 
 @pytest.mark.parametrize(
+    ("words", "status"), [("--version >&-", 0), ("show 2>&-", 3), ("show <&- >&- 2>&-", 3)]
+)
+def test_a_process_may_be_started_without_streams(words: str, status: int) -> None:
+    """The usage of a command was a traceback, and files got the messages of native code."""
+    done = subprocess.run(["/bin/sh", "-c", f"exec {sys.executable} -m pipeline {words}"], timeout=60)
+    assert done.returncode == status
+
+
+@pytest.mark.parametrize(
     ("words", "status"),
     [
         ("plan in", 1),
