@@ -40,14 +40,16 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
     job = job.resolved(info)
     job.spec(engine).check(info)
     sample = take_sample(shards, job.read_options, settings.sample)
+    size = estimate_size(shards, job.limit, job.read_options)
+    rows_per_shard = max(1, round(size.num_rows / size.num_shards))
     return Plan(
         settings=job,
         info=info,
-        size_estimate=estimate_size(shards, job.limit, job.read_options),
+        size_estimate=size,
         sample=sample,
         unread=listing.unread,
         notes=tuple(notes_on_formats(shards)),
-        stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),
+        stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample, rows_per_shard),
         num_cpus=_num_cpus(),
         num_accelerators=_num_accelerators(engine),
         price_per_hour=settings.price_per_hour,

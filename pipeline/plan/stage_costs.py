@@ -37,6 +37,7 @@ from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import DecodeStage
+from pipeline.stages.fragment_writer import FRAGMENT_ROWS
 from pipeline.stages.output_rows import output_columns
 from pipeline.storage.folder import ASIDE, Folder
 
@@ -69,7 +70,7 @@ class StageCosts:
 
 
 def measure_stage_costs(
-    settings: CaptionSettings, engine: EngineBuilder, size_px: int, sample: Sample
+    settings: CaptionSettings, engine: EngineBuilder, size_px: int, sample: Sample, rows_per_shard: int
 ) -> StageCosts:
     """Decode, caption and write a sample.
 
@@ -78,6 +79,7 @@ def measure_stage_costs(
         engine: the engine that captions.
         size_px: the image size of the model.
         sample: rows of the input, and what reading them cost.
+        rows_per_shard: about how many rows a shard of the input has.
 
     Raises:
         ValueError: no image of the sample can be decoded.
@@ -89,7 +91,8 @@ def measure_stage_costs(
     effect = None if plain is None else compare(spec, captioned, _caption(plain, decoded, settings))
     rows = captioned.rows
     with _plan_folder(settings.output) as folder:
-        write_cost, row_bytes, file_bytes = _write(folder, rows)
+        row_bytes, file_bytes = _write(folder, rows)
+        write_cost = _write_cost(folder, rows, min(FRAGMENT_ROWS, rows_per_shard))
     costs = {"read": sample.cost, "decode": decode_cost, "caption": captioned.cost, "write": write_cost}
     return StageCosts(rows, costs, captioned.start.wall_s, row_bytes, file_bytes, effect)
 
@@ -146,28 +149,31 @@ def _measure_per_row(stage: Callable[[pa.Table], pa.Table], table: pa.Table) -> 
     return result, cost.per_row(len(table))
 
 
-def _write(folder: Folder, rows: pa.Table) -> tuple[Cost, float, int]:
+def _write(folder: Folder, rows: pa.Table) -> tuple[float, int]:
     """Write rows as a fragment, and commit them as a shard.
 
     Returns:
-        What writing a row costs, its bytes in the file, and the bytes of the file besides those of its rows.
+        The bytes of a row in the file, and the bytes of the file besides those of its rows.
     """
     columns = {"shard": ["sample"] * len(rows), "row": range(len(rows))}
     for name, values in columns.items():
         position = rows.column_names.index(name)
         rows = rows.set_column(position, rows.schema.field(name), pa.array(values))
     report = ShardReport(shard="sample", num_rows=len(rows), complete=True)
-
-    def write() -> None:
-        write_fragment(folder, rows)
-        commit_shard(folder, report, {}, file_name=WRITTEN_SAMPLE)
-
-    _, cost = measure(write)
+    write_fragment(folder, rows)
+    commit_shard(folder, report, {}, file_name=WRITTEN_SAMPLE)
     content = folder.get(WRITTEN_SAMPLE) or b""
     metadata = pq.read_metadata(pa.BufferReader(content))
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     row_bytes = sum(g.column(c).total_compressed_size for g in groups for c in range(g.num_columns))
-    return cost.per_row(len(rows)), row_bytes / len(rows), len(content) - row_bytes
+    return row_bytes / len(rows), len(content) - row_bytes
+
+
+def _write_cost(folder: Folder, rows: pa.Table, num_rows: int) -> Cost:
+    """Return what writing a row costs in a fragment of so many rows, which share the cost of its files."""
+    copies = rows.take(pa.array([number % len(rows) for number in range(num_rows)], pa.int64()))
+    _, cost = measure(_write, folder, copies)
+    return cost.per_row(num_rows)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,24 @@ def test_the_cost_of_opening_a_file_is_not_shared_by_the_sampled_rows_alone(monk
     assert len(taken.rows) == 64 and len(taken.shards) == 16
     # One read-ahead of 4 MiB has 64 rows of 64 KiB.
     assert taken.cost.wall_s == pytest.approx(1 / 64 + 0.001, rel=0.05)
+
+
+def test_the_cost_of_a_file_is_shared_by_the_rows_of_a_fragment_and_not_of_the_sample(tmp_path, monkeypatch):
+    """With a slow store, writing was eight times too slow, and then the bottleneck."""
+    commit = stage_costs.commit_shard
+
+    def slow(*args, **options):
+        time.sleep(0.2)
+        return commit(*args, **options)
+
+    monkeypatch.setattr(stage_costs, "commit_shard", slow)
+    for name, rows in (("large", 600), ("small", 2)):
+        write_tars(tmp_path / name, num_tars=1, rows_per_tar=rows)
+    large, small = (
+        make_plan(settings(tmp_path / name, sample=8), FakeEngineConfig()).stage_costs.costs["write"].wall_s
+        for name in ("large", "small")
+    )
+    assert 0.2 / 512 <= large < 0.2 / 100 < 0.2 / 2 <= small
 
 
 def test_failures_of_the_sample_are_counted_and_shown(tmp_path):
