@@ -79,7 +79,10 @@ def check_open_files() -> Finding:
     if soft != resource.RLIM_INFINITY and soft < ENOUGH_OPEN_FILES:
         found = f"a process may open {soft:,} files"
         raised = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-        return Finding("open files", "warn", found, f"run ulimit -n {raised} in the shell of the run")
+        remedy = f"run ulimit -n {raised} in the shell of the run"
+        if raised < ENOUGH_OPEN_FILES:  # a shell may not raise it
+            remedy = "raise the hard limit: nofile in limits.conf, LimitNOFILE of systemd, --ulimit of docker"
+        return Finding("open files", "warn", found, remedy)
     found = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft:,} per process"
     return Finding("open files", "ok", found)
 

@@ -33,7 +33,7 @@ def check_input(inputs: Sequence[str]) -> Finding:
         return _problem("input", raised, "give another --input, or the missing permission")
     if error is not None:
         return Finding("input", "fail", f"{count(len(shards), 'shard')}, but {error}", "look at these files")
-    return Finding("input", "ok", f"{count(len(shards), 'shard')}, the first images can be read")
+    return Finding("input", "ok", f"{count(len(shards), 'shard')}, an image of the first one can be decoded")
 
 
 def _first_error(shard: Shard) -> str | None:

@@ -73,6 +73,10 @@ def test_open_files(monkeypatch):
     finding = machine.check_open_files()
     require(finding, "warn", "may open 1,024 files")
     assert finding.remedy == "run ulimit -n 8192 in the shell of the run"
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
+    assert str(machine.check_open_files().remedy).startswith("raise the hard limit: "), (
+        "ulimit changes nothing"
+    )
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     require(machine.check_open_files(), "ok", "unlimited")
 
