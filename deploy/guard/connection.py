@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -36,7 +37,8 @@ class GuardedConnection(HttpToolsProtocol):
     """HTTP/1.1 with an end to headers, and no other protocol; a request that breaks a limit has an answer."""
 
     _timer: asyncio.TimerHandle | None = None
-    _header_bytes = 0
+    _overhead_bytes = 0
+    """Bytes of headers, chunk sizes and trailers since the last byte of a body."""
     _has_headers = False
     _is_last = False
     """Nothing more is read; the connection ends after the answers that are under way."""
@@ -58,38 +60,71 @@ class GuardedConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_last:
             return
-        if not self._has_headers:
-            self._header_bytes += len(data)
-            if self._timer is None:  # line breaks before a request begin no message, and end no wait
-                self._expect_headers()
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._overhead_bytes += len(data)
+        # Line breaks before a request begin no message, and end no wait.
+        if not self._has_headers and self._timer is None:
+            self._expect_headers()
+        self._parse(data)
         # Bytes of a body may have come in the same piece; then the headers are over.
-        if not self._is_last and not self._has_headers and self._header_bytes > MAX_HEADER_BYTES:
+        if not self._is_last and self._overhead_bytes > MAX_HEADER_BYTES:
             self._refuse_headers()
+
+    def _parse(self, data: bytes) -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                try:
+                    self.parser.feed_data(left)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    left = left[upgrade.args[0] :]
+                    self._parse_without_upgrade()
+        except httptools.HttpParserError as error:
+            self.send_400_response(str(error))
+
+    def _parse_without_upgrade(self) -> None:
+        """Parse the headers again as those of the plain request that one with an upgrade also is.
+
+        The parser takes what follows such headers for another protocol, also a body.
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if self._is_ending or method == b"CONNECT":
+            return
+        lines = [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(lines)))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._expect_headers()
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._has_headers:  # a trailer; uvicorn would add it to the headers, which have been checked
+            return
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
             self._refuse_headers()
 
     def on_headers_complete(self) -> None:
-        if self._is_ending:
+        is_upgrade = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        if self._is_ending or is_upgrade:
             return
         if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
             self._refuse_headers()
             return
-        self._has_headers = True
-        self._header_bytes = 0
-        self._start_timer(MESSAGE_WITHIN_S, self.transport.close)
+        if self.parser.get_http_version() == "1.1" and not any(name == b"host" for name, _ in self.headers):
+            self._refuse(400, "bad_http", "an HTTP/1.1 request must have the header Host")
+            return
         super().on_headers_complete()
+        self._has_headers = True
+        self._overhead_bytes = 0
+        self._start_timer(MESSAGE_WITHIN_S, self.transport.close)
         if self.scope["http_version"] == "1.0":
             _answer_without_chunks(self.cycle)
 
     def on_body(self, body: bytes) -> None:
+        self._overhead_bytes = 0
         if self._is_ending:
             return
         super().on_body(body)
@@ -110,9 +145,10 @@ class GuardedConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._stop_timer()
-        self._has_headers = False
-        if self._is_ending:
+        self._overhead_bytes = 0
+        if self._is_ending or not self._has_headers:
             return
+        self._has_headers = False
         super().on_message_complete()
         if self.cycle.response_complete:  # answered before its end, so that uvicorn no longer waits for it
             self._start_timer(HEADERS_WITHIN_S, self.transport.close)
@@ -121,7 +157,7 @@ class GuardedConnection(HttpToolsProtocol):
         self._refuse(400, "bad_http", "the bytes must be an HTTP/1.1 request")
 
     def _should_upgrade(self) -> bool:
-        return False  # no WebSocket: the request is answered as the plain one that it also is
+        return False  # no WebSocket
 
     def _expect_headers(self) -> None:
         late = f"the headers must be complete within {HEADERS_WITHIN_S:g} s"
@@ -133,6 +169,9 @@ class GuardedConnection(HttpToolsProtocol):
 
     def _refuse(self, code: int, type: str, message: str) -> None:
         if self._is_ending:
+            return
+        if self._has_headers and self.cycle.response_complete:  # this request has its answer
+            self.transport.close()
             return
         if self.cycle is not None and not self.cycle.response_complete:
             if not self.cycle.more_body:  # an answer here would be taken for that of the request before

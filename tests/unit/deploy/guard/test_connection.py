@@ -25,6 +25,14 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         return
+    if scope["path"] == "/echo":
+        body = b""
+        while (message := await receive())["more_body"]:
+            body += message["body"]
+        names = b" ".join(name for name, _ in scope["headers"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body + message["body"] + b" " + names + b"\n"})
+        return
     if scope["path"] == "/stream":
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for piece in (b"one", b"", b" two"):
@@ -96,6 +104,8 @@ def test_a_header_section_beyond_the_limit_is_431() -> None:
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n",
         b"no request\r\n\r\n",
     ],
 )
@@ -117,6 +127,55 @@ def test_what_follows_a_request_and_is_none_does_not_take_its_answer(num_before:
     answers = send(good * num_before + then)
     assert answers.count(b"HTTP/1.1 200") == answers.count(b"ok") == num_before
     assert answers.count(b"HTTP/1.1 ") == num_before
+
+
+def test_a_body_that_is_no_body_has_no_second_answer() -> None:
+    """A proxy in front would take it for the answer to the next request."""
+
+    async def answered_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        answer = await reader.readuntil(b"ok")
+        writer.write(b"ZZ\r\n")
+        return answer + await reader.read()
+
+    assert talk(answered_first).count(b"HTTP/1.1 ") == 1
+
+
+def test_trailers_are_no_headers() -> None:
+    """They came behind all checks: a key that a proxy in front had taken away, or a second Host."""
+    chunked = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    answer = send(chunked + b"3\r\nabc\r\n0\r\nAuthorization: Bearer key\r\nHost: y\r\n\r\n")
+    assert b"abc host transfer-encoding connection\n" in answer
+
+
+def test_trailers_that_never_end_are_431() -> None:
+    """The parser keeps them: 48 MiB of them took 93 MiB."""
+
+    async def send_trailers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-A: ")
+        await asyncio.sleep(0.02)
+        writer.write(b"a" * 40_000)
+        return await reader.read()
+
+    assert refusal(talk(send_trailers)) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize("at_once", [1, 1000])
+def test_a_request_that_offers_an_upgrade_keeps_its_body(at_once: int) -> None:
+    """Java's HttpClient offers h2c with each first request. Its body was dropped, with what came after it."""
+    offer = b"Host: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+    post = b"POST /echo HTTP/1.1\r\n%bContent-Length: 3\r\n\r\nabc" % offer
+    last = b"GET / HTTP/1.1\r\n%bConnection: close\r\n\r\n" % offer
+
+    async def in_pieces(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        data = post * 2 + last
+        for start in range(0, len(data), at_once):
+            writer.write(data[start : start + at_once])
+            await asyncio.sleep(0)
+        return await reader.read()
+
+    answers = talk(in_pieces)
+    assert answers.count(b"abc host connection content-length\n") == 2 and answers.endswith(b"ok")
 
 
 def test_a_body_that_never_ends_is_cut_off(soon: None) -> None:
@@ -160,7 +219,7 @@ def test_http_1_0_gets_a_stream_without_chunks() -> None:
     """Its clients and proxies took the sizes of the chunks for a part of the answer."""
     head, _, body = send(b"GET /stream HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
     assert body == b"one two" and b"transfer-encoding" not in head and b"connection: close" in head
-    assert send(b"GET /stream HTTP/1.1\r\nConnection: close\r\n\r\n").endswith(b"0\r\n\r\n")
+    assert send(b"GET /stream HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").endswith(b"0\r\n\r\n")
     assert send(b"GET / HTTP/1.0\r\n\r\n").endswith(b"content-length: 2\r\nconnection: close\r\n\r\nok")
     head, _, body = send(b"HEAD /stream HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
     assert body == b"" and b"200 OK" in head
