@@ -73,12 +73,14 @@ class FairGate:
         """
         is_small = work <= self._small_work and units <= max(1, self._capacity - self._capacity_for_large)
         units = min(units, self._capacity if is_small else self._capacity_for_large)
-        waiting = self._line_up(units, work, is_small, (caller, work.bit_length()))
+        flow = caller, work.bit_length()
+        waiting = self._line_up(units, work, is_small, flow)
         try:
             await waiting.admitted
         except asyncio.CancelledError:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
+                self._stamps[flow] -= work  # what comes next from this flow does not wait for it
                 self._admit_those_that_fit()
             else:
                 self._leave(waiting)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from ray.util.metrics import Histogram
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.observe.metrics import HTTP_SECONDS
@@ -96,6 +97,10 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, send_with_timing)
+        except Exception as error:
+            if code == CLIENT_LEFT and not isinstance(error, ClientDisconnect):
+                code = 500  # which Starlette answers, around this middleware
+            raise
         finally:
             record.seconds["total"] = time.perf_counter() - began_s
             self._finish(scope, record, code)

@@ -15,6 +15,7 @@ from ray import serve
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.util.metrics import Counter, Histogram
+from starlette.requests import ClientDisconnect
 
 from blip2_actor import Completion, EngineStats, ModelInfo, Result
 from blip2_actor.testing import FakeEngineConfig
@@ -91,18 +92,25 @@ def test_a_request_is_one_log_line_with_its_caller_cost_and_times(
     assert {"blip2_queue_seconds", "blip2_image_decode_seconds"} <= values.keys()
 
 
-def test_a_client_that_leaves_has_a_code_of_its_own(seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
-    async def leave(scope: Any, receive: Any, send: Any) -> None:
-        raise asyncio.CancelledError
+@pytest.mark.parametrize(
+    ("raised", "code"), [(asyncio.CancelledError, 499), (ClientDisconnect, 499), (RuntimeError, 500)]
+)
+def test_a_request_without_an_answer_has_a_code(
+    raised: type[BaseException], code: int, seen: Seen, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure of the service was counted as a client that left, and no alert saw it."""
+
+    async def end(scope: Any, receive: Any, send: Any) -> None:
+        raise raised
 
     async def run() -> None:
-        with pytest.raises(asyncio.CancelledError):
-            await AccessLog(leave)({"type": "http", "method": "POST", "path": "/", "headers": []}, None, None)  # type: ignore[arg-type]
+        with pytest.raises(raised):
+            await AccessLog(end)({"type": "http", "method": "POST", "path": "/", "headers": []}, None, None)  # type: ignore[arg-type]
 
     with caplog.at_level(logging.INFO, "ray.serve"):
         asyncio.run(run())
-    assert vars(caplog.records[-1])["code"] == 499
-    assert seen[-1][2]["code"] == "499"
+    assert vars(caplog.records[-1])["code"] == code
+    assert seen[-1][2]["code"] == str(code)
 
 
 def test_refused_cost_is_counted_by_reason(seen: Seen) -> None:

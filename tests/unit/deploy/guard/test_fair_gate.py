@@ -170,6 +170,27 @@ def test_who_gives_up_in_line_holds_nothing() -> None:
     asyncio.run(run())
 
 
+def test_a_caller_does_not_wait_for_what_it_has_given_up() -> None:
+    """Whose requests ran into their time limit was behind all others from then on."""
+
+    async def run() -> None:
+        line = Line(FairGate(1, small_work=SMALL))
+        await line.ask("running", LARGE, caller="modest")
+        for n in range(20):
+            await line.ask(f"given up {n}", LARGE, caller="impatient")
+        for n in range(20):
+            await line.give_up(f"given up {n}")
+            if n == 10:
+                await line.ask("waiting", LARGE, caller="modest")
+        await line.ask("again", LARGE, caller="impatient")
+        for n in range(9):
+            await line.ask(f"modest {n}", LARGE, caller="modest")
+        order = await line.leave_one_after_the_other()
+        assert order.index("again") <= 2
+
+    asyncio.run(run())
+
+
 def test_a_request_that_gives_up_lets_those_behind_it_in() -> None:
     async def run() -> None:
         line = Line(FairGate(3, small_work=SMALL, kept_for_small=2))
