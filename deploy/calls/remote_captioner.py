@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import Embedding, ModelInfo
+from blip2_actor import Calibration, Embedding, ModelInfo
 from deploy.calls.handshake import handshake
 from deploy.calls.shared_calls import begin_shared
 from deploy.http.errors import overloaded, unavailable
@@ -37,6 +37,7 @@ class Models:
         self._settings = settings
         self._served: dict[str, ServedModel] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._calibration: Calibration | None = None
 
     async def start(self) -> ServedModel:
         """Wait for the engines of the first model, and return it.
@@ -44,6 +45,7 @@ class Models:
         Raises:
             ValueError: the options of the service, or its retrieval model, do not fit the model.
         """
+        self._calibration = await asyncio.to_thread(self._settings.read_calibration)
         info = await self._first.info()
         served = self._describe(info.model, info, await self._first.matching_info())
         self._served = {served.name: served}
@@ -104,7 +106,7 @@ class Models:
             info=info,
             options=options,
             matching=matching,
-            calibration=self._settings.read_calibration(),
+            calibration=self._calibration,
             min_confidence=self._settings.min_confidence,
         )
 

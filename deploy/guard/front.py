@@ -43,6 +43,7 @@ HEALTH_PATH, ROUTES_PATH = SERVE_PATHS = ("/-/healthz", "/-/routes")
 LIVE_PATH = "/livez"
 BATCH_PATH = "/v1/batch"
 READY_PATHS = ("/readyz", "/healthz")
+"""Below the prefix of the application."""
 FULL = BEING_SERVED.encode()
 """In the answer of a gateway that has all the requests that it takes."""
 MIN_LIMIT = 64
@@ -88,7 +89,7 @@ class Front:
             return _live(scope["method"])
         if (scope["method"], scope["path"]) == ("OPTIONS", "*"):  # which asks about the server as a whole
             return Response(status_code=204, headers={"Allow": "GET, HEAD, POST, OPTIONS"})
-        if scope["path"] in READY_PATHS and not await self._is_accepting(scope):
+        if scope["path"].endswith(READY_PATHS) and not await self._is_accepting(scope):
             raise not_ready("this node is starting or draining")
         if _counts(scope) and self._uploads.num_complete >= self._limit.value:
             raise overloaded("the gateways have all the requests that they take", self._limit.retry_after_s)

@@ -74,7 +74,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     kind, said = str(error.detail).lower().replace(" ", "_"), str(error.detail)
     path = shorten(request.url.path)
     if error.status_code == 404:
-        said = f"there is no {path}; GET /docs lists the routes"
+        said = f"there is no {path}; GET {request.scope.get('root_path', '')}/docs lists the routes"
     elif error.status_code == 405:
         said = f"{path} must be called with {_allowed_methods(request)}, got {request.method}"
     response = ApiError(error.status_code, kind, said).response()

@@ -54,7 +54,7 @@ def require_name(names: Sequence[str], name: str) -> None:
     """Raise ApiError 404, in the shape of OpenAI, unless a model has this name."""
     if name not in names:
         known = " or ".join(names)
-        raise ApiError(404, "model_not_found", f"model must be {known}, got {shorten(name)}; see /v1/models")
+        raise ApiError(404, "model_not_found", f"model must be {known}, got {shorten(name)}")
 
 
 class Operated(Protocol):

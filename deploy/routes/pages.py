@@ -75,6 +75,11 @@ def pages_router(service: Service) -> APIRouter:
         await service.check_ready()
         return JSONResponse({"status": "ok"})
 
+    @router.get("/livez", response_model=HealthAnswer, responses=errors(503))
+    async def livez() -> JSONResponse:
+        """Answer 200 while the service runs, also while it drains."""
+        return JSONResponse({"status": "ok"})
+
     @router.get("/startupz", response_model=HealthAnswer, responses=errors(503))
     async def startupz() -> JSONResponse:
         """Answer 200 once the service has started; before, the answer is 503."""

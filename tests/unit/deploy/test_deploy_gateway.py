@@ -21,7 +21,7 @@ from ray.util.metrics import Metric
 
 from blip2_actor import DecodedImage, GenerationOptions, ModelInfo, Result, Status
 from deploy import gateway as gateway_module
-from deploy.calls.remote_captioner import RemoteCaptioner
+from deploy.calls.remote_captioner import Models, RemoteCaptioner
 from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
 from deploy.http.errors import ApiError
@@ -143,6 +143,22 @@ IMAGE = encoded()
 
 async def picture(gateway: Gateway) -> DecodedImage:
     return await gateway.decode(gateway.first, IMAGE)
+
+
+def test_a_calibration_is_read_once_and_stops_no_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be in a bucket, and was read when a further model was asked for the first time."""
+    readers: list[threading.Thread] = []
+    monkeypatch.setattr(Settings, "read_calibration", lambda _: readers.append(threading.current_thread()))
+
+    async def run() -> None:
+        first, other = (RemoteCaptioner(Handle(None)) for _ in range(2))
+        models = Models(first, {"other": other}, Settings())
+        await models.start()
+        await models.get("other")
+
+    asyncio.run(run())
+    [reader] = readers
+    assert reader is not threading.main_thread()
 
 
 def refusals(answers: list[Any]) -> list[tuple[int, str]]:

@@ -323,7 +323,7 @@ def test_a_draining_node_is_alive_and_not_ready() -> None:
     serve.healthy = 503
     front = Front(serve)
     assert ask(front, "GET", "/livez").json() == {"status": "ok"}
-    for path in ("/readyz", "/healthz"):
+    for path in ("/readyz", "/healthz", "/prefix/readyz"):
         assert error_of(ask(front, "GET", path)) == (503, "not_ready")
     assert not serve.scopes
     serve.healthy = 200

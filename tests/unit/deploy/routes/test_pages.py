@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from dataclasses import fields
 
+import httpx
 import pytest
 from pydantic import BaseModel
 
@@ -22,7 +24,7 @@ def service() -> EngineService:
 
 
 def test_no_engine_is_503_with_retry_after(service: EngineService) -> None:
-    for path in ("/readyz", "/healthz", "/startupz"):
+    for path in ("/readyz", "/healthz", "/startupz", "/livez"):
         assert ask(service, "GET", path).json() == {"status": "ok"}
     service.full = ApiError(503, "not_ready", "no engine answers")
     for path in ("/readyz", "/healthz"):
@@ -98,3 +100,13 @@ def test_every_route_is_documented_with_its_answers(service: EngineService) -> N
     assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     body = schema["components"]["schemas"]["CaptionBody"]["properties"]
     assert all(field.get("description") for field in body.values())
+
+
+def test_what_the_service_says_of_its_routes_has_serves_prefix(service: EngineService) -> None:
+    async def get(path: str) -> httpx.Response:
+        transport = httpx.ASGITransport(service.api, root_path="/blip2")
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost/blip2/") as client:
+            return await client.get(path)
+
+    assert error_of(asyncio.run(get("x")))[2].endswith("GET /blip2/docs lists the routes")
+    assert asyncio.run(get("openapi.json")).json()["servers"] == [{"url": "/blip2"}]
