@@ -21,6 +21,8 @@ MESSAGE_WITHIN_S = 90.0
 """Seconds until the whole request must be there; longer than a body may take, whose end has an answer."""
 MAX_HEADER_BYTES = 32 << 10
 MAX_HEADERS = 100
+CLOSE_WITHIN_S = 30.0
+"""Seconds from an answer that ends the connection to the close, while the client still sends."""
 DISCARDED_AT_ONCE = 256 << 10
 DISCARD_PAUSE_S = 0.05
 """After an answer that came before the end of its body, so many bytes are read before a pause: 5 MiB/s. Most
@@ -54,11 +56,17 @@ class GuardedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     @property
+    def is_receiving(self) -> bool:
+        """Whether the client is in the middle of a body, or has sent something that is no request."""
+        return self._is_last or self._has_headers
+
+    @property
     def _is_ending(self) -> bool:
         return self._is_last or self.transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
         if self._is_last:
+            self._discard(len(data))
             return
         self._unset_keepalive_if_required()
         self._overhead_bytes += len(data)
@@ -73,7 +81,7 @@ class GuardedConnection(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         left = memoryview(data)
         try:
-            while left:
+            while left and not self._is_ending:
                 try:
                     self.parser.feed_data(left)
                     return
@@ -89,7 +97,7 @@ class GuardedConnection(HttpToolsProtocol):
         The parser takes what follows such headers for another protocol, also a body.
         """
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        if self._is_ending or method == b"CONNECT":
+        if self._is_ending or method == b"CONNECT":  # which is refused, or answered as it is
             return
         lines = [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
@@ -117,6 +125,7 @@ class GuardedConnection(HttpToolsProtocol):
             self._refuse(400, "bad_http", "an HTTP/1.1 request must have the header Host")
             return
         super().on_headers_complete()
+        self.cycle.transport = _AnswerTransport(self)  # type: ignore[assignment]
         self._has_headers = True
         self._overhead_bytes = 0
         self._start_timer(MESSAGE_WITHIN_S, self.transport.close)
@@ -187,7 +196,21 @@ class GuardedConnection(HttpToolsProtocol):
         body = bytes(ApiError(code, type, message).response().body)
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[code] + head.encode() + body)
-        self.transport.close()
+        self.end(is_sending=code != 408)
+
+    def end(self, *, is_sending: bool) -> None:
+        """Close the connection; while the client sends, close only its other direction.
+
+        If bytes are left unread, the system sends a reset, which may overtake the answer. The client, or
+        a proxy in front, then has none.
+        """
+        if not is_sending or not self.transport.can_write_eof():
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self._is_last = True
+            self.pipeline.clear()
+            self.transport.write_eof()
+            self._start_timer(CLOSE_WITHIN_S, self.transport.close)
 
     def _start_timer(self, seconds: float, end: Any, *arguments: Any) -> None:
         self._stop_timer()
@@ -197,6 +220,19 @@ class GuardedConnection(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class _AnswerTransport:
+    """Where a request writes its answer; it ends the connection so that the answer arrives."""
+
+    def __init__(self, connection: GuardedConnection) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+
+    def close(self) -> None:
+        connection = self._connection
+        connection.end(is_sending=connection.is_receiving)
 
 
 def _answer_without_chunks(cycle: RequestResponseCycle) -> None:

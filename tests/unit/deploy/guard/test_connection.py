@@ -61,6 +61,9 @@ def talk(talk: Talk) -> bytes:
         finally:
             writer.close()
             listening.close()
+            async with asyncio.timeout(5):
+                while server.server_state.connections:
+                    await asyncio.sleep(0.001)
 
     return asyncio.run(run())
 
@@ -197,6 +200,28 @@ def test_a_connection_is_kept_and_its_next_request_has_its_own_time(monkeypatch:
 
     first, second, third = talk(two).split(b"HTTP/1.1 ")[1:]
     assert first.startswith(b"200") and second.startswith(b"200") and third.startswith(b"408")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"POST / HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % (2 << 20),
+        b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (2 << 20),
+        b"POST / HTTP/1.1\r\n\r\n",
+    ],
+)
+def test_an_answer_before_the_end_of_a_body_arrives(request_: bytes) -> None:
+    """The connection was reset; nginx, which speaks HTTP/1.0 by default, made it a 502 of its own."""
+
+    async def send_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(request_)
+        for _ in range(32):
+            await asyncio.sleep(0.001)
+            writer.write(bytes(64 << 10))
+            await writer.drain()
+        return await reader.read()
+
+    assert talk(send_all).startswith(b"HTTP/1.1 ")
 
 
 def test_a_body_that_comes_after_its_answer_is_read_slowly() -> None:

@@ -132,13 +132,13 @@ def data_uri(image: bytes) -> str:
     return f"data:image/png;base64,{base64_of(image)}"
 
 
-def ask(service: EngineService, method: str, path: str, prefix: str = "", **request: Any) -> httpx.Response:
-    """Send one request to the routes, without a network; below Serve's route prefix, if there is one."""
+def ask(service: EngineService, method: str, path: str, **request: Any) -> httpx.Response:
+    """Send one request to the routes, without a network."""
 
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(service.api, raise_app_exceptions=False, root_path=prefix)
+        transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, prefix + path, **request)
+            return await client.request(method, path, **request)
 
     return asyncio.run(send())
 
