@@ -75,6 +75,8 @@ class KVCache:
         self.kv = _zeros((num_layers, num_slots, max_length, 2 * width), device, dtype)
         self.num_slots = num_slots
         self.max_length = max_length
+        self._num_written = 0 if device.type == "cpu" else num_slots
+        """On a CPU, the slots up to the last one that has held a text; the others have no memory yet."""
         self._kernel = _find_kernel(device, dtype)
 
     @property
@@ -114,6 +116,8 @@ class KVCache:
             slots: int64[N].
             kv: float[N, T, 2 D].
         """
+        if self._num_written < self.num_slots:
+            self._num_written = max(self._num_written, int(slots.max()) + 1)
         target, source = _wide(self.kv[layer], kv.to(self.kv.dtype))
         target[slots, : kv.shape[1]] = source
 
@@ -172,8 +176,10 @@ class KVCache:
     def grow(self, prefix_length: int, max_new_tokens: int) -> None:
         """Lengthen every slot to a multiple of `GROWTH`, so that growing is rare."""
         length = max(self.max_length, -(-(prefix_length + max_new_tokens) // GROWTH) * GROWTH)
-        self.kv = F.pad(self.kv, (0, 0, 0, length - self.max_length))
-        self.max_length = length
+        num_layers, num_slots, old_length, width = self.kv.shape
+        grown = _zeros((num_layers, num_slots, length, width), self.kv.device, self.kv.dtype)
+        grown[:, : self._num_written, :old_length] = self.kv[:, : self._num_written]
+        self.kv, self.max_length = grown, length
 
     def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy the first `length` positions into other slots; sources and targets may overlap."""
@@ -181,6 +187,7 @@ class KVCache:
 
     def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Copy positions [start, stop) between slots; sources and targets may overlap."""
+        self._num_written = max(self._num_written, *(slot + 1 for slot in targets))
         if self.kv.device.type == "cpu" and not set(sources) & set(targets):
             # One by one: four slots of 12 layers take a seventh of the time that they take by indices.
             for from_slot, to_slot in zip(sources, targets, strict=True):

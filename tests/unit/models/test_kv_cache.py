@@ -23,6 +23,20 @@ def test_free_slots_take_no_memory() -> None:
     assert not cache.kv[0, 0, 8:].any()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_free_slots_take_no_memory_when_all_slots_grow() -> None:
+    """One long prompt took the memory of all slots: up to 16 GB with a 2.7 B model."""
+    before = status_bytes("VmRSS")
+    cache = KVCache(4, 64, 64, 512, torch.device("cpu"), torch.bfloat16)
+    cache.write_prefix(3, torch.tensor([1, 0]), torch.ones(2, 8, 1024))
+    cache.copy_slots([1], [2], 8)
+    cache.grow(200, 56)
+    assert cache.num_bytes == 256 << 20
+    assert status_bytes("VmRSS") - before < 32 << 20
+    assert cache.kv[3, :3, :8].eq(1).all()
+    assert not cache.kv[3, :3, 8:].any()
+
+
 @pytest.mark.parametrize(
     ("sources", "targets"),
     [([5, 4], [0, 2]), ([1, 1], [3, 0]), ([0, 1, 2], [1, 2, 0])],
