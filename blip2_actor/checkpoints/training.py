@@ -140,8 +140,12 @@ def _config(model: Blip2 | Blip2Retrieval, checkpoint: Checkpoint) -> dict[str, 
     for part in parts:
         part |= {key: dtype for key in ("dtype", "torch_dtype") if part.get(key) is not None}
     if isinstance(model, Blip2) and not _shares_head(model):
-        for part in (config, config["text_config"]):
+        text = config["text_config"]
+        for part in (config, text):
             part["tie_word_embeddings"] = False
+        scales = getattr(model.config.text_config, "scale_decoder_outputs", None)
+        if scales is not None:  # of a T5, which otherwise takes it from tie_word_embeddings
+            text["scale_decoder_outputs"] = scales
     return config
 
 
