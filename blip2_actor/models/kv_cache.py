@@ -200,14 +200,19 @@ class KVCache:
             layers[:, target, start:stop] = layers[:, source, start:stop]
 
 
-@cache
 def aligned_arange(length: int, device: torch.device) -> Tensor:
     """Return 0, 1, 2, … in int64[N], where N is `length` rounded up to a multiple of `ALIGNMENT`.
 
-    The tensor is made once and shared. Do not modify it.
+    It is a view of a tensor that is made once and shared. Do not modify it.
     """
+    aligned = -(-length // ALIGNMENT) * ALIGNMENT
+    return _arange(1 << (aligned - 1).bit_length(), device)[:aligned]
+
+
+@cache
+def _arange(length: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # the tensor may also be used in training
-        numbers = torch.arange(-(-length // ALIGNMENT) * ALIGNMENT, device=device)
+        numbers = torch.arange(length, device=device)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # another engine's stream may read it next
     return numbers

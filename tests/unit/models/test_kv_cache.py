@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2_actor.models.kv_cache import KVCache
+from blip2_actor.models.kv_cache import KVCache, aligned_arange
 from tests.unit.checkpoints.weights.test_safetensors_file import status_bytes
 
 
@@ -50,3 +50,11 @@ def test_slots_are_copied_as_if_at_the_same_time(sources: list[int], targets: li
     expected = before.clone()
     expected[:, targets, 2:5] = before[:, sources, 2:5]
     assert cache.kv.equal(expected)
+
+
+def test_texts_of_many_lengths_share_their_positions() -> None:
+    """Every length had a tensor of its own, for ever: 256 MB after prompts of 1 to 8,000 tokens."""
+    arrays = [aligned_arange(length, torch.device("cpu")) for length in range(1, 1000)]
+    assert all(array.equal(torch.arange(len(array))) for array in arrays)
+    assert [len(array) for array in arrays[:9]] == [8] * 8 + [16]
+    assert len({array.data_ptr() for array in arrays}) <= 8
