@@ -63,9 +63,13 @@ class Checkpoint:
         return self.folder.suffix == LAVIS_SUFFIX and not self.folder.is_dir()
 
     @cached_property
+    def _any_config(self) -> Blip2Config:
+        return read_model_config(self.folder)
+
+    @cached_property
     def is_retrieval(self) -> bool:
         """Whether the model has no language model, and matches images with texts."""
-        return RETRIEVAL in (read_model_config(self.folder).architectures or [])
+        return RETRIEVAL in (self._any_config.architectures or [])
 
     @cached_property
     def config(self) -> Blip2Config:
@@ -74,8 +78,8 @@ class Checkpoint:
         Raises:
             ValueError: the folder holds something else, or no vocabulary for the model.
         """
-        config = read_model_config(self.folder)
-        if RETRIEVAL in (config.architectures or []):
+        config = self._any_config
+        if self.is_retrieval:
             raise ValueError(
                 f"the model must have a language model, got {RETRIEVAL} in {self.folder}; "
                 "use MatchingConfig to score images and texts with it, or name another model for captions"
@@ -105,8 +109,8 @@ class Checkpoint:
         Raises:
             ValueError: the folder holds something else, or no vocabulary for the model.
         """
-        config = read_model_config(self.folder)
-        if RETRIEVAL not in (config.architectures or []):
+        config = self._any_config
+        if not self.is_retrieval:
             raise ValueError(
                 f"the model must be a {RETRIEVAL}, got {config.architectures} in {self.folder}; "
                 "use EngineConfig for a model that writes text"
@@ -137,10 +141,6 @@ class Checkpoint:
         path = self.folder / GENERATION_CONFIG
         stored = None if ignore else read_json_object(path)
         return {} if stored is None else read_generation_config(stored, self.config.text_config, path)
-
-    def require_image_size(self, config: Blip2Config, asked_px: int | None = None) -> int:
-        """Return the side of the square that the vision encoder takes; see `ImageProcessor.image_size`."""
-        return self.image_processor.image_size(config.vision_config, asked_px)
 
     def digest(self) -> str:
         """Return what identifies the content: the version, or a hash of all files.
@@ -289,7 +289,7 @@ def describe(
     config = read(checkpoint)
     return ModelInfo(
         model=model,
-        image_size_px=checkpoint.require_image_size(config, image_size_px),
+        image_size_px=checkpoint.image_processor.image_size(config.vision_config, image_size_px),
         dtype=str(resolved_dtype).removeprefix("torch."),
         digest=checkpoint.digest(),
         vision_width=config.vision_config.hidden_size,

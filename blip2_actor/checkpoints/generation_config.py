@@ -110,7 +110,7 @@ def fill_special_tokens(text: PreTrainedConfig, folder: Path) -> None:
         )
     if text.pad_token_id is None:
         eos = text.eos_token_id
-        text.pad_token_id = eos[0] if isinstance(eos, list) else eos
+        text.pad_token_id = next(iter(eos), None) if isinstance(eos, list) else eos
 
 
 def _is_harmless(name: str, value: object, given: Mapping[str, Any], text: PreTrainedConfig) -> bool:
@@ -129,4 +129,4 @@ _KNOWN = GenerationConfig()
 
 
 def _as_list(token_ids: object) -> list[Any]:
-    return sorted(token_ids) if isinstance(token_ids, list) else [token_ids]
+    return sorted(token_ids, key=str) if isinstance(token_ids, list) else [token_ids]

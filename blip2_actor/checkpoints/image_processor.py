@@ -82,7 +82,7 @@ class ImageProcessor:
         assert mean is not None and std is not None
         return cls(mean, std, rescale_factor, size_px)
 
-    def image_size(self, vision: Blip2VisionConfig, asked_px: int | None) -> int:
+    def image_size(self, vision: Blip2VisionConfig, asked_px: int | None = None) -> int:
         """Return the side of the square that the vision encoder takes, in pixels.
 
         Args:

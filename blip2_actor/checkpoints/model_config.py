@@ -55,13 +55,14 @@ def _refuse_quantized(quantization: Any, folder: Path) -> None:
 
 
 def _require_sizes(config: Blip2Config, path: Path) -> None:
-    """Check the numbers that no shape of a tensor shows."""
+    """Check what no shape of a tensor shows."""
 
     def require(holds: bool, name: str, rule: str) -> None:
         if not holds:
             got = attrgetter(name)(config)
             raise ValueError(f"{name} in {path} must be {rule}, got {got!r}; fetch the file again")
 
+    require(isinstance(config.architectures, list | None), "architectures", "a list of names")
     vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
     patch_px = vision.patch_size
     require(type(patch_px) is int and patch_px > 0, "vision_config.patch_size", "a number of pixels")

@@ -74,7 +74,8 @@ class MatchingEngine:
         device = resolve_device(config.device)
         prepare_device(device)
         checkpoint = resolve(config.model, config.revision)
-        self.image_size_px = checkpoint.require_image_size(checkpoint.retrieval_config)
+        vision_config = checkpoint.retrieval_config.vision_config
+        self.image_size_px = checkpoint.image_processor.image_size(vision_config)
         self.model = load_retrieval(checkpoint, device, resolve_dtype(config.dtype, device))
         if device.type == "cpu":
             pack_for_cpu(self.model)

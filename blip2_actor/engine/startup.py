@@ -87,9 +87,10 @@ def start_model(
     prepare_device(place)
     checkpoint = resolve(model, revision, adapter=adapter)
     require_wanted()
-    size_px = checkpoint.require_image_size(checkpoint.config, image_size_px)
+    model_config = checkpoint.config  # first, because it refuses models of another kind
+    size_px = checkpoint.image_processor.image_size(model_config.vision_config, image_size_px)
     generation_config = _generation_config(checkpoint, ignore_generation_config)
-    prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
+    prompts = PromptTokenizer(checkpoint.folder, model_config)
     resolved, quantization = resolve_dtype(dtype, place), None
     if quantize is None:
         loaded = load_model(checkpoint, place, resolved, device_map, image_size_px)
@@ -131,7 +132,7 @@ def _quantized(
     choice: QuantizationChoice,
     prompts: PromptTokenizer,
 ) -> tuple[Blip2, QuantizationRecord]:
-    size_px = checkpoint.require_image_size(checkpoint.config, image_size_px)
+    size_px = checkpoint.image_processor.image_size(checkpoint.config.vision_config, image_size_px)
     calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
     return load_quantized(checkpoint, place, dtype, image_size_px, choice, calibration)
 

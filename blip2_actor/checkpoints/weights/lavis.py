@@ -87,8 +87,9 @@ def _renamed(name: str) -> str:
 
 def _join_biases(trained: dict[str, StoredTensor]) -> None:
     """Make one bias of those of queries and values, with zeros for the keys, as transformers stores it."""
-    for name in [name for name in trained if name.endswith(".self_attn.q_bias")]:
-        attention = name.removesuffix("q_bias")
+    for attention in [name.removesuffix("q_bias") for name in trained if name.endswith(".self_attn.q_bias")]:
+        if f"{attention}v_bias" not in trained:
+            continue  # the model has no tensor of this name, and the file is refused
         query, value = (read_whole(trained.pop(f"{attention}{part}_bias")) for part in "qv")
         joined = torch.cat([query, torch.zeros_like(query), value])
         trained[f"{attention}qkv.bias"] = MappedTensor(joined)

@@ -90,6 +90,7 @@ def test_an_option_of_the_file_waits_for_the_search_that_it_is_for(
         ({"suppress_tokens": [-5]}, "suppress_tokens must be token ids from 0, got (-5,)"),
         ({"max_length": 40}, "got 40; use max_new_tokens"),
         ({"eos_token_id": [3, 5]}, "must not have 'eos_token_id'"),
+        ({"eos_token_id": [3, "5"]}, "must not have 'eos_token_id'"),
         ({"temperature": -1, "do_sample": True}, "temperature must be from 1e-06 to 1e+06, got -1"),
         ({"num_beams": "many"}, "num_beams must be a whole number, got 'many'"),
     ],

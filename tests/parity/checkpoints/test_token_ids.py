@@ -17,12 +17,13 @@ OPTIONS = GenerationOptions(max_new_tokens=8)
 IMAGES = [image.numpy() for image in random_images(2)]
 
 
-def _without(folder: Path, target: Path, *names: str, null: bool = False) -> Path:
+def _without(folder: Path, target: Path, *names: str, null: bool = False, **fields: Any) -> Path:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     for name in names:
         config["text_config"].pop(name, None)
         if null:
             config["text_config"][name] = None
+    config["text_config"] |= fields
     return copy_with(folder, target, {"config.json": config, "generation_config.json": None})
 
 
@@ -50,6 +51,12 @@ def test_a_caption_without_start_token_continues_an_empty_text(
     empty_ids = tiny_tokenizer(language)("").input_ids
     theirs = reference_ids(folder, IMAGES, empty_ids, max_new_tokens=8)
     assert engine_ids(folder, IMAGES, options=OPTIONS) == theirs
+
+
+def test_a_model_may_have_no_end_token(checkpoint_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Without `pad_token_id`, the first one of an empty list was taken: an IndexError."""
+    folder = _without(checkpoint_folder("opt"), tmp_path, "pad_token_id", null=True, eos_token_id=[])
+    assert [len(ids) for ids in engine_ids(folder, IMAGES, options=OPTIONS)] == [8, 8]
 
 
 def test_a_t5_without_any_start_token_is_refused_before_work(

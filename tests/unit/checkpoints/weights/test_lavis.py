@@ -161,6 +161,10 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
         lambda t: {"model": t | {"visual_encoder.ln_pre.weight": torch.ones(24)}},
         r"does not have, such as visual_encoder\.ln_pre\.weight",
     ),
+    "half of the biases": (
+        lambda t: {"model": {n: x for n, x in t.items() if not n.endswith("v_bias")}},
+        r"does not have, such as vision_model\.encoder\.layers\.1\.self_attn\.q_bias",
+    ),
     "nothing": (lambda t: {"model": {}}, "must hold the tensors that LAVIS has trained, got none"),
     "no tensors": (lambda t: {"epoch": 3}, "must hold tensors by name, got entries epoch"),
     "a program": (lambda t: {"model": t, "config": Path("x")}, "pickle that may run a program"),
