@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 NEVER = ("vision.patch_embedding", "language_model.lm_head")
 """Layers that are not quantized: pixels enter the one, and tokens are chosen by the other."""
+UNUSED = ".text_mlp."
+"""In the names of layers that a captioning model may have and never runs, so that nothing calibrates them."""
 NUM_IMAGES, NUM_TEXTS = 8, 64
 """Images in the Q-Former and texts in a decode step for which shapes are timed: those of a busy engine. A
 layer of the vision encoder has enough rows for one image."""
@@ -48,7 +50,7 @@ def eligible(model: VisionQFormer) -> dict[str, dict[str, Linear]]:
     by_part: dict[str, dict[str, Linear]] = {}
     for name, module in model.named_modules():
         part = name.partition(".")[0]
-        if isinstance(module, Linear) and part in PARTS and name not in NEVER:
+        if isinstance(module, Linear) and part in PARTS and name not in NEVER and UNUSED not in name:
             by_part.setdefault(part, {})[name] = module
     return by_part
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from blip2_actor import EngineConfig, QuantizationChoice
+from blip2_actor.models.blip2 import Blip2
 from blip2_actor.quantization import int8, measurement
 from blip2_actor.quantization.measurement import Shape
 from blip2_actor.quantization.methods import storage
+from blip2_actor.testing.tiny_checkpoints import tiny_config
 
 DEMO = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=1, quantize="int8")
 
@@ -88,3 +90,13 @@ def test_eight_bits_of_another_cpu_are_refused_where_their_products_saturate(
     monkeypatch.setattr(int8, "largest_weight", lambda: int8.FULL_WEIGHT)
     weight = storage(seven, torch.device("cpu"))(torch.eye(16))
     torch.testing.assert_close(weight.scale * 127, torch.full((16,), 1 / 63))  # type: ignore[attr-defined]
+
+
+def test_layers_for_text_in_the_qformer_are_not_quantized() -> None:
+    """No caption runs them, so they waited for their weight for ever, and were counted as quantized."""
+    config = tiny_config()
+    config.qformer_config.use_qformer_text_input = True
+    with torch.device("meta"):
+        layers = measurement.eligible(Blip2(config))["qformer"]
+    assert "qformer.layers.0.query_mlp.fc1" in layers
+    assert not [name for name in layers if "text" in name]
