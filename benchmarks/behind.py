@@ -97,7 +97,7 @@ class NoWords:
 
     end_ids = frozenset({0})
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int]) -> str:
         return ""
 
 

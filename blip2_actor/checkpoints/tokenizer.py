@@ -121,10 +121,15 @@ class PromptTokenizer:
         require_known_tokens(token_ids, self.vocab_size, self.image_token_id)
         return [*token_ids, *self._end_of_scored]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Detokenize generated ids, without end tokens and surrounding spaces."""
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of generated ids, without end tokens, with the white space around it."""
         kept = [t for t in token_ids if t not in self.end_ids]
-        return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return text
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of generated ids, without end tokens and surrounding spaces."""
+        return self.detokenize(token_ids).strip()
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Return what each token adds to the text of generated ids; together they are the text.

@@ -183,7 +183,7 @@ class InputProcessor:
             if is_broken:
                 return
             try:
-                on_text(stable_text(self.prompts.decode(token_ids), stop))
+                on_text(stable_text(self.prompts.detokenize(token_ids), stop))
             except BaseException:  # a fault of one caller must not end the requests of all others
                 is_broken = True
                 logger.exception("on_text has raised an error; it is not called again for this request")
@@ -194,11 +194,12 @@ class InputProcessor:
 def stable_text(text: str, stop: Sequence[str]) -> str:
     """Return the part of a growing text that later tokens will not change.
 
-    An incomplete character at the end, a stop text, and the beginning of one, are left out.
+    An incomplete character at the end, a stop text, the beginning of one, and white space around the text
+    are left out.
     """
     cut = cut_at_stop(text, stop)
     if cut is not None:
         return cut
     text = text.rstrip("\ufffd")
     begun = (n for s in stop for n in range(min(len(s), len(text)), 0, -1) if text.endswith(s[:n]))
-    return text[: len(text) - max(begun, default=0)].rstrip()
+    return text[: len(text) - max(begun, default=0)].strip()

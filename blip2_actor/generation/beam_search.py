@@ -11,7 +11,8 @@ Source: transformers 5.23, generation/utils.py, `GenerationMixin._beam_search` a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from random import Random
 
 from blip2_actor.generation.logits_processors import SequenceSoFar, has_processors
@@ -66,7 +67,9 @@ class BeamSearch:
         self.prefix_ids = list(prefix_ids)
         self.vocabulary = vocabulary
         self.num_slots = options.num_beams
-        self.num_candidates = max(2, 1 + len(vocabulary.end_ids)) * options.num_beams
+        self.min_kept = max(2, 1 + len(vocabulary.end_ids))
+        """Tokens of a beam that sampling keeps at least, so that it can go on if the best ones end it."""
+        self.num_candidates = self.min_kept * options.num_beams
         self.has_processors = has_processors(options)
         self.processor = processor
         self.random = Random(options.seed) if options.do_sample else None
@@ -107,17 +110,15 @@ class BeamSearch:
         length = len(self.beams[0].token_ids) + 1
         extended = [self._extend(c) for c in candidates]
         ended = [self._has_ended(h, length) for h in extended]
-        order = sorted(
-            range(len(extended)),
-            key=lambda i: extended[i].score + (IMPOSSIBLE if ended[i] else 0.0),
-            reverse=True,
-        )
-        kept = order[: self.num_slots]
+        scores = [h.score + (IMPOSSIBLE if e else 0.0) for h, e in zip(extended, ended, strict=True)]
+        kept = sorted(range(len(extended)), key=scores.__getitem__, reverse=True)[: self.num_slots]
 
         if self.is_improvable and not self._stops_early():
             best = zip(extended[: self.num_slots], ended[: self.num_slots], strict=True)
-            self._finish([hypothesis for hypothesis, has_ended in best if has_ended], length)
-        self.beams = [extended[i] for i in kept]
+            # A score of -inf is that of a text with a banned token.
+            self._finish([h for h, has_ended in best if has_ended and h.score != -inf], length)
+        # If too few go on, as with many stop texts, beams that have ended stay, with scores that never win.
+        self.beams = [replace(extended[i], score=scores[i]) for i in kept]
         self.is_improvable = self.is_improvable and self._can_improve(length)
         has_failed = self.error is not None
         self.done = has_failed or not self.is_improvable or self._stops_early() or all(ended)
@@ -141,10 +142,8 @@ class BeamSearch:
     def _has_ended(self, hypothesis: Hypothesis, length: int) -> bool:
         if hypothesis.token_ids[-1] in self.vocabulary.end_ids or length >= self.options.max_new_tokens:
             return True
-        return bool(self.options.stop) and self._cut(hypothesis) is not None
-
-    def _cut(self, hypothesis: Hypothesis) -> str | None:
-        return cut_at_stop(self.vocabulary.decode(hypothesis.token_ids), self.options.stop)
+        stop = self.options.stop
+        return bool(stop) and cut_at_stop(self.vocabulary.detokenize(hypothesis.token_ids), stop) is not None
 
     def _can_improve(self, length: int) -> bool:
         """Estimate, as the reference does, if the best beam can still beat the worst finished text."""
@@ -159,10 +158,11 @@ class BeamSearch:
         completions = []
         for hypothesis in self.finished[: self.options.num_return_sequences]:
             has_end_token = hypothesis.token_ids[-1] in self.vocabulary.end_ids
-            cut = self._cut(hypothesis) if self.options.stop else None
+            text = self.vocabulary.detokenize(hypothesis.token_ids)
+            cut = cut_at_stop(text, self.options.stop)
             completions.append(
                 Completion(
-                    text=cut if cut is not None else self.vocabulary.decode(hypothesis.token_ids),
+                    text=text.strip() if cut is None else cut,
                     token_ids=hypothesis.token_ids,
                     logprob=sum(hypothesis.token_logprobs),
                     token_logprobs=hypothesis.token_logprobs,

@@ -21,7 +21,9 @@ class Vocabulary(Protocol):
 
     end_ids: frozenset[int]
 
-    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of generated ids, with the white space around it: a stop text may be in it."""
+        ...
 
 
 class TextSearch:
@@ -58,7 +60,6 @@ class TextSearch:
         self.token_logprobs: list[float] = []
         self.done = False
         self.finish_reason: FinishReason = "length"
-        self.stop_text: str | None = None
         self.takes_argmax = self.random is None and processor is None and not has_processors(options)
         """True if the next token is the largest logit, apart from end tokens while `end_is_banned`."""
         self._max_new_tokens = options.max_new_tokens
@@ -84,7 +85,7 @@ class TextSearch:
         """Append a token; return True if the text is complete."""
         self.token_ids.append(token_id)
         self.token_logprobs.append(logprob)
-        if token_id in self._end_ids or (self.options.stop and self._has_stop_text()):
+        if token_id in self._end_ids or self._has_stop_text():
             self.done, self.finish_reason = True, "stop"
         elif len(self.token_ids) >= self._max_new_tokens:
             self.done = True
@@ -93,17 +94,15 @@ class TextSearch:
         return self.done
 
     def _has_stop_text(self) -> bool:
-        text = self.vocabulary.decode(self.token_ids)
-        cut = cut_at_stop(text, self.options.stop)
-        if cut is not None:
-            self.stop_text = cut
-        return cut is not None
+        stop = self.options.stop
+        return bool(stop) and cut_at_stop(self.vocabulary.detokenize(self.token_ids), stop) is not None
 
     def completions(self) -> list[Completion]:
-        text = self.stop_text if self.stop_text is not None else self.vocabulary.decode(self.token_ids)
+        text = self.vocabulary.detokenize(self.token_ids)
+        cut = cut_at_stop(text, self.options.stop)
         return [
             Completion(
-                text=text,
+                text=text.strip() if cut is None else cut,
                 token_ids=tuple(self.token_ids),
                 logprob=sum(self.token_logprobs),
                 token_logprobs=tuple(self.token_logprobs),

@@ -248,7 +248,7 @@ def _beam_scores(scores: Tensor, beams: Sequence[BeamSearch]) -> Tensor:
         _run_own_processor(search, scores, index)
     if beams[0].random is not None:
         options = [search.options for search in beams for _ in search.beams]
-        scores = warp(flat, options, min_kept=1 + len(end_ids)).view_as(scores)
+        scores = warp(flat, options, min_kept=beams[0].min_kept).view_as(scores)
     renormalized = [index for index, search in enumerate(beams) if search.options.renormalize_logits]
     if renormalized:
         indices = to_device(renormalized, scores.device)

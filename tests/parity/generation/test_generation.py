@@ -167,6 +167,41 @@ def test_bad_words_equal_the_reference(engine, reference, language, num_beams) -
         assert list(result.token_ids) == expected != list(before.token_ids)
 
 
+@pytest.mark.parametrize("language", ["opt", "t5"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize(
+    "stop", ["\n", " ", "".join(map(chr, range(33, 127)))], ids=["line", "space", "most"]
+)
+def test_stop_texts_equal_the_reference(engine, reference, language, num_beams, stop) -> None:
+    """White space ends a text where it comes, and a beam that has ended never goes on, even if most end."""
+    stop, tokenizer = tuple(stop), tiny_tokenizer(language)
+    wanted = tokenizer(" \nab", add_special_tokens=False).input_ids if len(stop) == 1 else range(5, 264)
+    options = {
+        "max_new_tokens": 12,
+        "num_beams": num_beams,
+        "num_return_sequences": num_beams,
+        "suppress_tokens": [token_id for token_id in range(264) if token_id not in wanted],
+    }
+    requests = make_requests(6, prompts=[None])  # the reference also finds stop texts that a prompt begins
+    results = engine(language).generate(requests, GenerationOptions(**options, stop=stop))
+    for request, result in zip(requests, results, strict=True):
+        image = torch.from_numpy(request.image)
+        more = {"do_sample": False, "stop_strings": list(stop), "tokenizer": tokenizer}
+        rows = reference_ids(reference(language), language, image, request.prompt, **options, **more)
+        padding = 1
+        assert [list(c.token_ids) for c in result.completions] == [
+            [token_id for token_id in row if token_id != padding] for row in rows
+        ]
+        for completion in result.completions:
+            text = tokenizer.decode(completion.token_ids)
+            cut = min((text.index(s) for s in stop if s in text), default=None)
+            assert completion.text == text[:cut].strip()
+            assert completion.finish_reason == ("length" if cut is None else "stop")
+        if num_beams == 1:
+            streamed = engine(language).stream(request, stop=stop, **options)
+            assert "".join(streamed) == result.text
+
+
 class PreferRareIds(LogitsProcessor):
     """Subtract from each token how often the text and prompt have it, and 1 from even ids at even lengths."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,16 +10,17 @@ from torch import Tensor
 
 from blip2_actor import GenerationOptions
 from blip2_actor.generation import step
-from blip2_actor.generation.beam_search import BeamSearch
+from blip2_actor.generation.beam_search import BeamSearch, Candidate
 from blip2_actor.generation.logits_processors import SequenceSoFar, process_logits
 
 NUM_TOKENS = 12
 
 
 class Vocabulary:
-    end_ids = frozenset([2])
+    def __init__(self, *end_ids: int) -> None:
+        self.end_ids = frozenset(end_ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int]) -> str:
         return ""
 
 
@@ -31,12 +33,24 @@ def test_a_bad_word_may_begin_in_the_prompt() -> None:
 
 
 def test_beam_sampling_keeps_a_token_that_goes_on_next_to_each_that_ends() -> None:
-    """With the end token alone, no beam could go on; the reference keeps one token more."""
+    """With the end token alone, no beam could go on; the reference keeps one token more, and two at least."""
     for limits in ({"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"typical_p": 0.01}):
         options = GenerationOptions(num_beams=2, do_sample=True, **limits).resolve()
-        search = BeamSearch(options, [0], Vocabulary())
-        scores = torch.linspace(-3, 0, NUM_TOKENS).expand(1, 2, -1).log_softmax(-1)
-        assert step._beam_scores(scores, [search]).isfinite().sum(-1).tolist() == [[2, 2]], limits
+        for end_ids, num_kept in (((2, 3), 3), ((2,), 2), ((), 2)):
+            search = BeamSearch(options, [0], Vocabulary(*end_ids))
+            scores = torch.linspace(-3, 0, NUM_TOKENS).expand(1, 2, -1).log_softmax(-1)
+            kept = step._beam_scores(scores, [search]).isfinite().sum(-1)
+            assert kept.tolist() == [[num_kept, num_kept]], limits
+
+
+def test_a_text_with_a_banned_token_is_not_returned() -> None:
+    """If nearly all tokens are banned, there may be fewer texts than beams."""
+    options = GenerationOptions(num_beams=2, num_return_sequences=2, max_new_tokens=1).resolve()
+    search = BeamSearch(options, [0], Vocabulary(2))
+    banned = Candidate(parent=1, token_id=6, score=-math.inf, logprob=-1.0)
+    search.advance([Candidate(parent=0, token_id=5, score=-2.0, logprob=-2.0), *[banned] * 3])
+    assert search.done
+    assert [completion.token_ids for completion in search.completions()] == [(5,)]
 
 
 def test_the_scores_that_a_processor_keeps_do_not_change() -> None:
@@ -48,7 +62,7 @@ def test_the_scores_that_a_processor_keeps_do_not_change() -> None:
         kept.append(scores)
         return scores
 
-    search = BeamSearch(options, [0], Vocabulary(), record)
+    search = BeamSearch(options, [0], Vocabulary(2), record)
     logits = torch.randn(2, NUM_TOKENS, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         step.advance(logits, [(search, [0, 1])])

@@ -14,7 +14,7 @@ from blip2_actor.engine.request_state import RequestState
 class Words:
     end_ids = frozenset({0})
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int]) -> str:
         return "word " * len(token_ids)
 
 

@@ -18,7 +18,7 @@ from blip2_actor.generation.beam_search import BeamSearch
 class Words:
     end_ids = frozenset({0})
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int]) -> str:
         return ""
 
 
