@@ -1,8 +1,7 @@
 """Work that runs out of memory: notice it, and do less at once from then on.
 
-torch raises `OutOfMemoryError` with a traceback that keeps the tensors of the failed work alive. So the error
-is caught where the work ends, and only its text is kept (`OutOfMemory`). What the scheduler then does is in
-`memory_recovery`.
+The error has a traceback that keeps the tensors of the failed work alive. So it is caught where the work
+ends, and only its text is kept (`OutOfMemory`). What the scheduler then does is in `memory_recovery`.
 """
 
 from __future__ import annotations
@@ -31,8 +30,21 @@ def catch_out_of_memory(work: Callable[[], ResultT]) -> ResultT | OutOfMemory:
     """Return the result of `work`, or `OutOfMemory`; in that case the memory it held is free again."""
     try:
         return work()
-    except torch.OutOfMemoryError as error:
-        return OutOfMemory(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return OutOfMemory(str(error) or type(error).__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory does not suffice.
+
+    On a CPU torch has no class of its own for it. It is raised where a limit of the system (`ulimit -v`)
+    refuses memory.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 class Limits:
@@ -92,14 +104,15 @@ class ShrinkingBatches:
             work: takes a batch of items and returns one result per item.
 
         Raises:
-            OutOfMemoryError: one item alone does not fit.
+            RuntimeError, MemoryError: `is_out_of_memory`, because one item alone does not fit; or as from
+                `work`.
         """
         results: list[ResultT] = []
         while len(results) < len(items):
             try:
                 results += work(items[len(results) : len(results) + self.size])
-            except torch.OutOfMemoryError:
-                if self.size == 1:
+            except (RuntimeError, MemoryError) as error:
+                if self.size == 1 or not is_out_of_memory(error):
                     raise
                 self.size //= 2
                 logger.warning("Out of memory: from now on %d %s are processed at once", self.size, self.what)

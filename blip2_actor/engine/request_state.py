@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from math import isnan
+from typing import Any
 
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.generation.beam_search import BeamSearch
@@ -77,12 +78,19 @@ class RequestState:
             self.resolve(Result(completions=completions, num_prompt_tokens=len(self.prompt_ids)))
 
     def resolve(self, result: Result) -> None:
-        if not self.is_dropped() and self.future.set_running_or_notify_cancel():
-            run_callbacks(self.future.set_result, result)
+        self._end(self.future.set_result, result)
 
     def fail(self, error: BaseException) -> None:
-        if not self.is_dropped() and self.future.set_running_or_notify_cancel():
-            run_callbacks(self.future.set_exception, error)
+        self._end(self.future.set_exception, error)
+
+    def _end(self, end: Callable[[Any], None], outcome: Result | BaseException) -> None:
+        """End the future, unless the caller has cancelled it; the caller may do so while this runs."""
+        if self.is_dropped():
+            return
+        if self.future.set_running_or_notify_cancel():
+            run_callbacks(end, outcome)
+        else:
+            self._caller_knows = True
 
 
 def run_callbacks(end: Callable[..., object], *outcome: object) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from blip2_actor.checkpoints.download import write_cached
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
-from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
+from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory, is_out_of_memory
 from blip2_actor.engine.request_state import NOT_FINITE, RequestState
 from blip2_actor.quantization.quantize import QuantizationRecord
 
@@ -120,7 +120,9 @@ def check(
                 "--skip-cuda-graphs",
             )
         each = [_caption(runner, pictures[i : i + 1], start_ids).first_logits for i in range(len(pictures))]
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(
             f"max_slots and encode_batch must fit into memory, got {runner.num_slots} texts at once and "
             f"{error}; lower --max-slots or --encode-batch"

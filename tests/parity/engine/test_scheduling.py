@@ -236,16 +236,30 @@ def test_texts_so_far_grow_into_the_result(engine) -> None:
     assert len(texts) == len(result.token_ids)
 
 
-@pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
-def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatch, stage) -> None:
-    """On a device that holds only a few rows at once, everything is still served, in smaller pieces."""
+def raise_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("no more than 4 rows")
+
+
+@pytest.mark.parametrize(
+    ("stage", "allocate"),
+    [
+        ("encode", lambda: np.empty(1 << 60, np.uint8)),
+        ("prefill", lambda: torch.empty(1 << 60, dtype=torch.uint8)),
+        ("decode", raise_out_of_memory),
+    ],
+)
+def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatch, stage, allocate) -> None:
+    """On a device that holds only a few rows at once, everything is still served, in smaller pieces.
+
+    NumPy, torch on a CPU and torch on a GPU each have an error of their own for it.
+    """
     config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=2, max_slots=16)
     with Engine(config) as engine:
         real = getattr(engine._core.runner, stage)
 
         def small_device(rows: list[object], *more: object) -> object:
             if len(rows) > 4:
-                raise torch.OutOfMemoryError("no more than 4 rows")
+                allocate()
             return real(rows, *more)
 
         monkeypatch.setattr(engine._core.runner, stage, small_device)

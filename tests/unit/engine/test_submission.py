@@ -44,6 +44,17 @@ def test_each_request_is_reported_done_once(enqueued: list[RequestState]) -> Non
     assert len(done) == 3
 
 
+def test_a_request_that_is_cancelled_while_it_ends_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its waiters were told twice, and the second time is an error that ended the engine."""
+    state = RequestState(EncodedImage(b""))  # type: ignore[arg-type]
+    really_run = state.future.set_running_or_notify_cancel
+    monkeypatch.setattr(
+        state.future, "set_running_or_notify_cancel", lambda: state.future.cancel() and really_run()
+    )
+    state.resolve(Result())
+    assert state.is_dropped() and state.is_dropped()
+
+
 def test_an_error_cancels_what_is_queued_already(enqueued: list[RequestState]) -> None:
     """The caller gets the error and no future, so nobody could ever cancel them."""
     with pytest.raises(TypeError, match="wrong"):
