@@ -113,7 +113,8 @@ class GenerationOptions:
     num_return_sequences: int = _unset(1)
     """Number of texts per request: samples, or the best beams."""
     seed: int = _unset(0)
-    """Seed of the random numbers of this request; other requests do not change them."""
+    """Seed of the random numbers of this request; other requests do not change them. Of several texts, each
+    has the next seed."""
     stop: tuple[str, ...] = _unset(())
     """Texts that end generation; they are removed from the result."""
     suppress_tokens: tuple[int, ...] = _unset(())

@@ -64,10 +64,10 @@ class Calibration:
             raise ValueError(
                 f"coefficients must be given for {', '.join(FEATURES)}, got {', '.join(self.coefficients)}"
             )
-        if not all(math.isfinite(value) for value in (self.intercept, *self.coefficients.values())):
-            raise ValueError("coefficients must be finite; fit the calibration again")
         object.__setattr__(self, "curve", tuple((score, probability) for score, probability in self.curve))
         scores, probabilities = [p[0] for p in self.curve], [p[1] for p in self.curve]
+        if not all(map(math.isfinite, (self.intercept, *self.coefficients.values(), *scores))):
+            raise ValueError("coefficients and scores must be finite; fit the calibration again")
         if not scores or scores != sorted(scores) or not all(0 <= one <= 1 for one in probabilities):
             raise ValueError("curve must have ascending scores with probabilities from 0 to 1")
         object.__setattr__(self, "options", json.loads(json.dumps(self.options)))

@@ -85,7 +85,8 @@ class InputProcessor:
 
         Args:
             options: used if the request has none of its own.
-            on_text: called with the whole text so far after each token, unless several texts are made.
+            on_text: called with the whole text so far after each token, unless there are several beams or
+                texts.
 
         Raises:
             RequestRefused: the image, the prompt or the options cannot be served.
@@ -103,12 +104,12 @@ class InputProcessor:
         self._check_room(prompt_ids, options)
         processor = request.logits_processor
         prefix_ids = self.model.prefix_ids(prompt_ids)
+        count = options.num_return_sequences
+        on_token = None if on_text is None or count > 1 else self._text_sender(on_text, options.stop)
 
         def make_searches() -> Searches:
             if options.num_beams > 1:
                 return [BeamSearch(options, prefix_ids, self.prompts, processor)]
-            count = options.num_return_sequences
-            on_token = None if on_text is None or count > 1 else self._text_sender(on_text, options.stop)
             seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
             return [
                 TextSearch(options, prefix_ids, self.prompts, seed, on_token, processor) for seed in seeds

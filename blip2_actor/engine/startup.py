@@ -97,7 +97,8 @@ def start_model(
     else:
         _require_quantization(quantize, place, compile)
         choice = quantization_choice or choose_quantization(checkpoint, quantize, place, resolved, size_px)
-        loaded, quantization = _quantized(checkpoint, place, resolved, image_size_px, choice, prompts)
+        calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
+        loaded, quantization = load_quantized(checkpoint, place, resolved, image_size_px, choice, calibration)
         self_test.check_quantization(quantization, is_refused=not skip_self_test)
     require_wanted()
     is_compiled = resolve_compile(compile, device_map, place, fuses=fuses(quantize, resolved))
@@ -122,19 +123,6 @@ def start_model(
         self_test=test,
         quantization=quantization,
     )
-
-
-def _quantized(
-    checkpoint: Checkpoint,
-    place: torch.device,
-    dtype: torch.dtype,
-    image_size_px: int | None,
-    choice: QuantizationChoice,
-    prompts: PromptTokenizer,
-) -> tuple[Blip2, QuantizationRecord]:
-    size_px = checkpoint.image_processor.image_size(checkpoint.config.vision_config, image_size_px)
-    calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
-    return load_quantized(checkpoint, place, dtype, image_size_px, choice, calibration)
 
 
 def _new_runner(

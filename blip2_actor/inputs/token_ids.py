@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 
@@ -48,7 +49,7 @@ def without_padding(token_ids: list[int], mask: Sequence[int] | None) -> list[in
 def _to_ints(given: Any) -> list[int] | None:
     """Return whole numbers, or None if it is anything else."""
     values = given.tolist() if hasattr(given, "tolist") else given
-    if isinstance(values, list | tuple) and all(isinstance(value, int) for value in values):
+    if isinstance(values, list | tuple) and all(isinstance(value, Integral) for value in values):
         return [int(value) for value in values]
     return None
 

@@ -125,6 +125,8 @@ def test_it_is_stored_and_read(tmp_path: Path):
         json.dumps(STORED | {"curve": []}),
         json.dumps(STORED | {"curve": [[0.0, 0.5], [-1.0, 0.6]]}),
         json.dumps(STORED | {"curve": [[0.0, 1.5]]}),
+        json.dumps(STORED | {"curve": [[0.0, 0.5], [math.inf, 0.6]]}),
+        json.dumps(STORED | {"curve": [[math.nan, 0.5]]}),
     ],
 )
 def test_a_file_that_is_no_calibration_is_refused_by_name(content: str, tmp_path: Path):

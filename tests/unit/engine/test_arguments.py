@@ -144,7 +144,7 @@ def test_ids_and_masks_may_be_one_array_or_tensor(engine: Engine) -> None:
     ids, masks = [[70, 71, 72], [70, 71, 72]], [[1, 1, 1], [0, 1, 1]]
     whole, cut = engine.text_features(ids, masks)
     assert whole.features is not None and cut.features is not None and len(cut.features) == 2
-    for form in (np.array, torch.tensor):
+    for form in (np.array, torch.tensor, lambda rows: [list(row) for row in np.array(rows)]):
         given: Any = form(ids), form(masks)
         for one, known in zip(engine.text_features(*given), (whole.features, cut.features), strict=True):
             assert one.features is not None

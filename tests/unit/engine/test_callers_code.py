@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from asyncio import CancelledError
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
+from blip2_actor.generation.search import TextSearch
 from blip2_actor.testing import random_images, save_tiny_checkpoint
 
 PICTURE = random_images(1)[0].numpy()
@@ -50,6 +51,14 @@ def test_what_a_caller_raises_ends_nobody_elses_request(
     assert engine.submit(PICTURE, on_text=on_text).result(30) == expected
     assert len(on_text.calls) == 1
 
+    on_text = raising(error)
+    options = engine._input_processor.resolve(GenerationOptions())
+    state = engine._input_processor.request_state(Request(image=PICTURE), options, on_text)
+    for _ in range(2):
+        cast(TextSearch, state.searches[0]).accept(5, -1.0)
+        state.restart()
+    assert len(on_text.calls) == 1
+
     processed = engine.submit(Request(image=PICTURE, logits_processor=raising(error))).result(30)
     assert processed.status is Status.FAILED
     assert processed.error == f"logits_processor must not raise, got {error!r}"
@@ -69,7 +78,7 @@ def test_what_a_caller_raises_ends_nobody_elses_request(
     is_attached.set()
     assert future.result(30) == engine.submit(PICTURE).result(30) == expected
     told = [record.getMessage().partition(" has raised")[0] for record in caplog.records]
-    assert told[:2] == ["on_text", "a step watcher"]
+    assert told[:3] == ["on_text", "on_text", "a step watcher"]
 
 
 def test_a_text_whose_processor_has_failed_grows_no_further(engine: Engine) -> None:
