@@ -28,7 +28,7 @@ import pytest
 from blip2_actor.testing.tiny_checkpoints import save_tiny_checkpoint
 from examples.drawn_pictures import draw_pictures
 from tests.contracts.installed_wheel import build_wheel
-from tests.integration.test_readme import ROOT, Block, blocks
+from tests.documents import ROOT, Block, blocks
 from tests.ports import free_port
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
