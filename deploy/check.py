@@ -63,9 +63,12 @@ def check(path: Path, with_models: bool = False) -> None:
         check_cluster(documents[0])
     else:
         raise ValueError(UNKNOWN_FILE)
-    for document in documents:
-        for key, placeholder in placeholders(document):
-            raise ValueError(f"{key} holds {placeholder}; write your own value there")
+    left: dict[str, str] = {}  # the first key of each
+    for key, placeholder in (pair for document in documents for pair in placeholders(document)):
+        left.setdefault(placeholder, key)
+    if left:
+        holding = ", ".join(f"{key} holds {placeholder}" for placeholder, key in left.items())
+        raise ValueError(f"{holding}; write your own values there")
 
 
 def check_manifests(documents: list[dict[str, Any]], with_models: bool = False) -> None:
