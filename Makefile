@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow cluster lint types docs coverage chaos pages picture wheel ci clean
+.PHONY: help install demo test slow lowest cluster lint types docs coverage chaos pages picture wheel ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,18 @@ test: $(STAMP)  ## run the default suite: unit, parity, contracts, integration
 
 slow: $(STAMP)  ## run the tests that the default suite leaves to continuous integration
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m slow
+
+# torch is the one of constraints.txt. One file is left out because schemathesis does not fit the oldest packages, and one
+# test because older versions of transformers import torch's compiler.
+lowest: $(STAMP)  ## run the unit and parity tests with the lowest versions that pyproject.toml declares; not in the default suite
+	rm -rf build/lowest
+	$(BIN)/uv venv --quiet --python $(BIN)/python build/lowest
+	$(BIN)/pip --python build/lowest/bin/python install --quiet --disable-pip-version-check -c constraints.txt $(TORCH_INDEX) torch
+	grep '^torch==' constraints.txt > build/lowest/torch.txt
+	$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct -c build/lowest/torch.txt -e '.[dev]'
+	build/lowest/bin/python -m pytest --numprocesses=2 --dist=loadgroup tests/unit tests/parity \
+		--ignore=tests/unit/deploy/routes/test_generated_requests.py \
+		--deselect=tests/parity/engine/test_scheduling.py::test_a_process_that_never_closes_its_engine_ends_cleanly
 
 lint: $(STAMP)  ## check style and formatting with ruff
 	$(BIN)/ruff check .

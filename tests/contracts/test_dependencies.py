@@ -34,6 +34,7 @@ USED_WITHOUT_AN_IMPORT = {
     "ruff": "make lint",
     "setuptools": "builds the wheel",
     "types-pyyaml": "mypy reads it",
+    "uv": "make lowest",
     "zensical": "make docs",
 }
 BROUGHT_BY_TORCH = {"triton"}
