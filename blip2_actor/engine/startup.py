@@ -87,10 +87,9 @@ def start_model(
     prepare_device(place)
     checkpoint = resolve(model, revision, adapter=adapter)
     require_wanted()
-    model_config = checkpoint.config  # first, because it refuses models of another kind
-    size_px = checkpoint.image_processor.image_size(model_config.vision_config, image_size_px)
+    prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)  # first: the config refuses other models
+    size_px = checkpoint.image_processor.image_size(checkpoint.config.vision_config, image_size_px)
     generation_config = _generation_config(checkpoint, ignore_generation_config)
-    prompts = PromptTokenizer(checkpoint.folder, model_config)
     resolved, quantization = resolve_dtype(dtype, place), None
     if quantize is None:
         loaded = load_model(checkpoint, place, resolved, device_map, image_size_px)
