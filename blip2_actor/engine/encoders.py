@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.engine.cuda_graphs import Captures, Step, StepCapturer
+from blip2_actor.engine.out_of_memory import is_out_of_memory
 from blip2_actor.models.blip2 import Blip2
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,9 @@ class Encoders:
             return Encoded(*_encode(self._model, images))
         try:
             return Encoded(*self._compiled(self._model, images))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a missing or old compiler or driver raises errors of any class
+            if is_out_of_memory(error):
+                raise
             logger.warning("The encoders could not be compiled and run uncompiled: %r", error)
             self.compiled_batch = None
             return self(images)

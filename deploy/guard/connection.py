@@ -40,8 +40,11 @@ class GuardedConnection(HttpToolsProtocol):
 
     _timer: asyncio.TimerHandle | None = None
     _overhead_bytes = 0
-    """Bytes of headers, chunk sizes and trailers since the last byte of a body."""
+    """Bytes of headers, chunk sizes and trailers since the last byte of a body, without what follows the
+    headers in the same piece."""
     _has_headers = False
+    _cycle_before: RequestResponseCycle
+    """That of the request before the one of `cycle`; None if that is the first."""
     _is_last = False
     """Nothing more is read; the connection ends after the answers that are under way."""
     _num_discarded = 0
@@ -65,10 +68,10 @@ class GuardedConnection(HttpToolsProtocol):
         return self._is_last or self.transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
         if self._is_last:
             self._discard(len(data))
             return
-        self._unset_keepalive_if_required()
         self._overhead_bytes += len(data)
         # Line breaks before a request begin no message, and end no wait.
         if not self._has_headers and self._timer is None:
@@ -97,10 +100,11 @@ class GuardedConnection(HttpToolsProtocol):
         The parser takes what follows such headers for another protocol, also a body.
         """
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        if self._is_ending or method == b"CONNECT":  # which is refused, or answered as it is
+        if self._is_ending:
             return
         lines = [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         self.parser.feed_data(b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(lines)))
 
     def on_message_begin(self) -> None:
@@ -115,8 +119,12 @@ class GuardedConnection(HttpToolsProtocol):
             self._refuse_headers()
 
     def on_headers_complete(self) -> None:
-        is_upgrade = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
-        if self._is_ending or is_upgrade:
+        if self._is_ending:
+            return
+        if self.parser.get_method() == b"CONNECT":
+            self._refuse(400, "bad_http", "CONNECT asks for a proxy, and this is none")
+            return
+        if self.parser.should_upgrade():  # then these headers are parsed again
             return
         if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
             self._refuse_headers()
@@ -124,6 +132,7 @@ class GuardedConnection(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.1" and not any(name == b"host" for name, _ in self.headers):
             self._refuse(400, "bad_http", "an HTTP/1.1 request must have the header Host")
             return
+        self._cycle_before = self.cycle
         super().on_headers_complete()
         self.cycle.transport = _AnswerTransport(self)  # type: ignore[assignment]
         self._has_headers = True
@@ -180,18 +189,22 @@ class GuardedConnection(HttpToolsProtocol):
         if self._is_ending:
             return
         if self._has_headers and self.cycle.response_complete:  # this request has its answer
-            self.transport.close()
+            self.end(is_sending=True)
             return
+        if self._has_headers and self.pipeline:  # the turn of this request has not come, nor will it
+            self.pipeline.popleft()
+            self.cycle = self._cycle_before
         if self.cycle is not None and not self.cycle.response_complete:
             if not self.cycle.more_body:  # an answer here would be taken for that of the request before
                 self._stop_timer()
                 self._is_last = True
                 self.cycle.keep_alive = False
                 return
-            if self.pipeline or self.cycle.response_started:
+            if self.cycle.response_started:
                 self.transport.close()
                 return
             self.cycle.disconnected = True
+            self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()
         body = bytes(ApiError(code, type, message).response().body)
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
@@ -210,6 +223,7 @@ class GuardedConnection(HttpToolsProtocol):
             self._is_last = True
             self.pipeline.clear()
             self.transport.write_eof()
+            self.flow.resume_reading()
             self._start_timer(CLOSE_WITHIN_S, self.transport.close)
 
     def _start_timer(self, seconds: float, end: Any, *arguments: Any) -> None:

@@ -26,6 +26,7 @@ class _Waiting:
     units: int = field(compare=False)
     work: int = field(compare=False)
     is_small: bool = field(compare=False)
+    flow: tuple[str, int] = field(compare=False)
     admitted: asyncio.Future[None] = field(compare=False)
 
 
@@ -73,14 +74,12 @@ class FairGate:
         """
         is_small = work <= self._small_work and units <= max(1, self._capacity - self._capacity_for_large)
         units = min(units, self._capacity if is_small else self._capacity_for_large)
-        flow = caller, work.bit_length()
-        waiting = self._line_up(units, work, is_small, flow)
+        waiting = self._line_up(units, work, is_small, (caller, work.bit_length()))
         try:
             await waiting.admitted
         except asyncio.CancelledError:
             if waiting in self._waiting:
-                self._waiting.remove(waiting)
-                self._stamps[flow] -= work  # what comes next from this flow does not wait for it
+                self._forget(waiting)
                 self._admit_those_that_fit()
             else:
                 self._leave(waiting)
@@ -99,10 +98,16 @@ class FairGate:
         self._stamps[flow] = stamp
         self._num_asked += 1
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(stamp, self._num_asked, units, work, is_small, admitted)
+        waiting = _Waiting(stamp, self._num_asked, units, work, is_small, flow, admitted)
         bisect.insort(self._waiting, waiting)
         self._admit_those_that_fit()
         return waiting
+
+    def _forget(self, waiting: _Waiting) -> None:
+        """Remove a request that has given up; what comes next from its flow does not wait for it."""
+        self._waiting.remove(waiting)
+        stamps = (each.stamp for each in self._waiting if each.flow == waiting.flow)
+        self._stamps[waiting.flow] = max(stamps, default=0.0)
 
     def _leave(self, left: _Waiting) -> None:
         self._rate.finish(left.work)

@@ -43,7 +43,7 @@ HEALTH_PATH, ROUTES_PATH = SERVE_PATHS = ("/-/healthz", "/-/routes")
 LIVE_PATH = "/livez"
 BATCH_PATH = "/v1/batch"
 READY_PATHS = ("/readyz", "/healthz")
-"""Below the prefix of the application."""
+"""At the end of a path, as the prefix of the application is not known here."""
 FULL = BEING_SERVED.encode()
 """In the answer of a gateway that has all the requests that it takes."""
 MIN_LIMIT = 64

@@ -20,6 +20,7 @@ import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
 from blip2_actor.engine import core, startup
+from blip2_actor.models import kv_cache
 from blip2_actor.testing import IMAGE_SIZE_PX, random_images
 from tests.parity.engine.tape import Tape
 
@@ -245,13 +246,14 @@ def raise_out_of_memory() -> None:
     [
         ("encode", lambda: np.empty(1 << 60, np.uint8)),
         ("prefill", lambda: torch.empty(1 << 60, dtype=torch.uint8)),
+        ("prefill", lambda: kv_cache._zeros((1 << 60,), torch.device("cpu"), torch.uint8)),
         ("decode", raise_out_of_memory),
     ],
 )
 def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatch, stage, allocate) -> None:
     """On a device that holds only a few rows at once, everything is still served, in smaller pieces.
 
-    NumPy, torch on a CPU and torch on a GPU each have an error of their own for it.
+    NumPy, torch on a CPU, the slots on a CPU and torch on a GPU each have an error of their own for it.
     """
     config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=2, max_slots=16)
     with Engine(config) as engine:

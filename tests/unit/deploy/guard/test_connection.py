@@ -17,10 +17,18 @@ from deploy.guard.connection import GuardedConnection
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bytes]]
 
 
+received: list[str] = []
+"""The types of the messages that /late has received."""
+
+
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer at once, before the body has come; under /wait, wait for it."""
     if scope["path"] == "/later":
         await asyncio.sleep(0.02)  # what comes after this request is read meanwhile
+    if scope["path"] == "/late":
+        await asyncio.sleep(0.02)
+        received.append((await receive())["type"])
+        return
     if scope["path"] == "/wait":
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -62,7 +70,7 @@ def talk(talk: Talk) -> bytes:
             writer.close()
             listening.close()
             async with asyncio.timeout(5):
-                while server.server_state.connections:
+                while server.server_state.connections or server.server_state.tasks:
                     await asyncio.sleep(0.001)
 
     return asyncio.run(run())
@@ -109,6 +117,7 @@ def test_a_header_section_beyond_the_limit_is_431() -> None:
         b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n",
+        b"CONNECT / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"no request\r\n\r\n",
     ],
 )
@@ -122,7 +131,14 @@ def test_a_body_that_is_no_body_is_400() -> None:
     assert refusal(send(chunked + b"ZZ\r\n")) == (400, "bad_http")
 
 
-@pytest.mark.parametrize("then", [b"surplus\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n"])
+@pytest.mark.parametrize(
+    "then",
+    [
+        b"surplus\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    ],
+)
 @pytest.mark.parametrize("num_before", [1, 3])
 def test_what_follows_a_request_and_is_none_does_not_take_its_answer(num_before: int, then: bytes) -> None:
     """A body longer than its announced length closed the connection without any answer."""
@@ -130,6 +146,35 @@ def test_what_follows_a_request_and_is_none_does_not_take_its_answer(num_before:
     answers = send(good * num_before + then)
     assert answers.count(b"HTTP/1.1 200") == answers.count(b"ok") == num_before
     assert answers.count(b"HTTP/1.1 ") == num_before
+
+
+def test_a_refusal_of_a_large_body_arrives() -> None:
+    """Reading was paused, as the application had not taken what had come: the client hung, and was reset."""
+
+    async def send_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"%x\r\n" % 100_000 + bytes(100_000) + b"\r\nZZ\r\n")
+        for _ in range(16):
+            writer.write(bytes(64 << 10))
+            await writer.drain()
+        return await reader.read()
+
+    assert refusal(talk(send_on)) == (400, "bad_http")
+
+
+def test_nothing_is_written_after_a_refusal() -> None:
+    """An application that asked for the body afterwards had an exception: 100 Continue could not be sent."""
+    expects = b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\nZZ\r\n"
+    received.clear()
+
+    async def stay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(b"POST /late HTTP/1.1\r\nHost: x\r\n" + expects)
+        answer = await reader.read()
+        while not received:
+            await asyncio.sleep(0.001)
+        return answer
+
+    assert refusal(talk(stay)) == (400, "bad_http") and received == ["http.disconnect"]
 
 
 def test_a_body_that_is_no_body_has_no_second_answer() -> None:
@@ -155,9 +200,10 @@ def test_trailers_that_never_end_are_431() -> None:
     """The parser keeps them: 48 MiB of them took 93 MiB."""
 
     async def send_trailers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-        writer.write(b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-A: ")
-        await asyncio.sleep(0.02)
-        writer.write(b"a" * 40_000)
+        chunked = b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
+        writer.write(b"POST /wait HTTP/1.1\r\nHost: x\r\n" + chunked)
+        await reader.readuntil(b"100 Continue\r\n\r\n")
+        writer.write(b"0\r\nX-A: " + b"a" * 40_000)
         return await reader.read()
 
     assert refusal(talk(send_trailers)) == (431, "headers_too_large")

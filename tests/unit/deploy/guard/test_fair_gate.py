@@ -191,6 +191,23 @@ def test_a_caller_does_not_wait_for_what_it_has_given_up() -> None:
     asyncio.run(run())
 
 
+def test_giving_up_keeps_the_order_of_a_callers_requests_and_gains_no_turn() -> None:
+    async def run() -> None:
+        line = Line(FairGate(1, small_work=SMALL))
+        await line.ask("running", LARGE, caller="a")
+        for n in range(5):
+            await line.ask(f"given up {n}", LARGE, caller="a")
+        await line.ask("patient", LARGE, caller="a")
+        for n in range(5):
+            await line.give_up(f"given up {n}")
+        for n in range(5):
+            await line.ask(f"later {n}", LARGE, caller="a")
+        order = await line.leave_one_after_the_other()
+        assert order[1:] == ["patient", *(f"later {n}" for n in range(5))]
+
+    asyncio.run(run())
+
+
 def test_a_request_that_gives_up_lets_those_behind_it_in() -> None:
     async def run() -> None:
         line = Line(FairGate(3, small_work=SMALL, kept_for_small=2))
