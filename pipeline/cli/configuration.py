@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 
 from blip2_actor.flags import Parser, build, effective_settings, settings_as_json, settings_as_toml
 from pipeline.cli.command_table import COMMANDS, CONFIG, JOB, SERVE, Command
 from pipeline.cli.serve import become_deployment
-from pipeline.progress import write, write_json
-from pipeline.progress.wording import escaped
+from pipeline.progress import write_json, write_toml
 
 Parse = Callable[[Sequence[str], bool], tuple[Command, argparse.Namespace]]
 JSON = "--json"
@@ -48,6 +46,5 @@ def print_settings(arguments: Sequence[str], parse: Parse) -> int:
     if as_json:
         write_json(settings_as_json(given.command, settings))
     else:  # not by `Console`, which wraps lines in a terminal: a file of them must be one of settings
-        lines = "".join(f"{line}\n" for line in settings_as_toml(given.command, settings))
-        write(sys.stdout, escaped(lines, keep="\n"))
+        write_toml("\n".join(settings_as_toml(given.command, settings)))
     return 0

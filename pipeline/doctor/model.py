@@ -147,18 +147,26 @@ def _count_in_folder(uri: str) -> int:
     names = {name for name in folder.names() if "/" not in name}
     first = next((name for name in WEIGHT_FILES if name in names), None)
     if first is None and ADAPTER in names:
-        return count_parameters(str(_json_of(folder, ADAPTER)["base_model_name_or_path"]), None)
+        return count_parameters(str(_json_of(folder, ADAPTER, "base_model_name_or_path")), None)
     files = {first} if first else set()
     if first and first.endswith(INDEX):
-        files = set(_json_of(folder, first)["weight_map"].values())
+        files = set(_json_of(folder, first, "weight_map").values())
     if files - names:
         lacking = ", ".join(sorted(files - names))
         raise OSError(f"{folder} lacks {lacking}, which {first} names; fetch the checkpoint again")
     return sum(folder.read(name, partial(_count_in_file, name)) for name in files)
 
 
-def _json_of(folder: Folder, name: str) -> dict[str, Any]:
-    return dict(json.loads(folder.get(name) or b"{}"))
+def _json_of(folder: Folder, name: str, key: str) -> Any:
+    """Return the value of a key in a JSON file.
+
+    Raises:
+        OSError: there is none.
+    """
+    try:
+        return json.loads(folder.get(name) or b"{}")[key]
+    except (ValueError, TypeError, KeyError) as error:
+        raise OSError(f"{name} in {folder} is damaged: {error!r}; fetch the checkpoint again") from None
 
 
 def _count_in_file(name: str, file: OpenFile) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.util import find_spec
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from blip2_actor.installation import pip_install
@@ -56,6 +57,8 @@ def head_of(filesystem: pafs.FileSystem, path: str) -> bytes:
     try:
         with open_input(filesystem, path) as file:
             return file.read(HEAD_BYTES) or b""
+    except pa.ArrowException:  # a name that Arrow does not open, such as one with an empty part
+        return b""
     except OSError as error:
         if isinstance(filesystem, pafs.LocalFileSystem) or is_final(error):
             return b""

@@ -113,7 +113,9 @@ def commit_shard(
         reason = f"the rows cannot be written as one table: {error}"
         logger.exception("Shard %s: %s", report.shard, reason)
     if folder.exists(name):  # A retry that cannot be merged leaves the rows that are there.
-        return read_summary(folder, report.shard)
+        there = read_summary(folder, report.shard)
+        if there.generation == report.generation:
+            return there
     summary = Summary(
         shard=report.shard, num_rows=0, complete=False, reason=reason, generation=report.generation
     )

@@ -159,8 +159,8 @@ class Lease:
 
     def require(self) -> None:
         """Raise OutputInUse if another driver has taken the lease; look if that is possible."""
-        self.lost = self.lost or not (self.is_certain or retry_on_oserror(self._is_mine))
-        if self.lost:
+        if self.lost or not (self.is_certain or retry_on_oserror(self._is_mine)):
+            self.lost = True
             raise self.taken()
 
     def taken(self) -> OutputInUse:

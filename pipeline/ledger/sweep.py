@@ -96,7 +96,7 @@ def _after_commits(
     Args:
         kept_in: names of the files in which their summaries are kept.
     """
-    names = {summary.shard: None for summary in committed}
+    names = dict.fromkeys(summary.shard for summary in committed)  # in order, and each found at once
     fragments = {shard: found for shard, found in state.fragments.items() if shard not in names}
     reports = {shard: name for shard, name in state.shard_reports.items() if shard not in names}
     for summary in committed:

@@ -91,7 +91,8 @@ def measure_stage_costs(
     effect = None if plain is None else compare(spec, captioned, _caption(plain, decoded, settings))
     rows = captioned.rows
     with _plan_folder(settings.output) as folder:
-        row_bytes, file_bytes = _write(folder, rows)
+        _write(folder, rows)
+        row_bytes, file_bytes = _written_bytes(folder, len(rows))
         write_cost = _write_cost(folder, rows, min(FRAGMENT_ROWS, rows_per_shard))
     costs = {"read": sample.cost, "decode": decode_cost, "caption": captioned.cost, "write": write_cost}
     return StageCosts(rows, costs, captioned.start.wall_s, row_bytes, file_bytes, effect)
@@ -149,12 +150,8 @@ def _measure_per_row(stage: Callable[[pa.Table], pa.Table], table: pa.Table) -> 
     return result, cost.per_row(len(table))
 
 
-def _write(folder: Folder, rows: pa.Table) -> tuple[float, int]:
-    """Write rows as a fragment, and commit them as a shard.
-
-    Returns:
-        The bytes of a row in the file, and the bytes of the file besides those of its rows.
-    """
+def _write(folder: Folder, rows: pa.Table) -> None:
+    """Write rows as a fragment, and commit them as a shard."""
     columns = {"shard": ["sample"] * len(rows), "row": range(len(rows))}
     for name, values in columns.items():
         position = rows.column_names.index(name)
@@ -162,11 +159,15 @@ def _write(folder: Folder, rows: pa.Table) -> tuple[float, int]:
     report = ShardReport(shard="sample", num_rows=len(rows), complete=True)
     write_fragment(folder, rows)
     commit_shard(folder, report, {}, file_name=WRITTEN_SAMPLE)
+
+
+def _written_bytes(folder: Folder, num_rows: int) -> tuple[float, int]:
+    """Return the bytes of a row in the file that was written, and those of the file besides its rows."""
     content = folder.get(WRITTEN_SAMPLE) or b""
     metadata = pq.read_metadata(pa.BufferReader(content))
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     row_bytes = sum(g.column(c).total_compressed_size for g in groups for c in range(g.num_columns))
-    return row_bytes / len(rows), len(content) - row_bytes
+    return row_bytes / num_rows, len(content) - row_bytes
 
 
 def _write_cost(folder: Folder, rows: pa.Table, num_rows: int) -> Cost:

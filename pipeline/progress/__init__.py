@@ -10,7 +10,7 @@ from pipeline.progress.console import LINE_EVERY_S, LOG_EVERY_S, Console, choose
 from pipeline.progress.rate import Rate
 from pipeline.progress.snapshot import ProgressSnapshot
 from pipeline.progress.wording import count, cut, duration, format_bytes
-from pipeline.progress.writing import is_read, lost_output, write, write_json
+from pipeline.progress.writing import is_read, lost_output, write, write_json, write_toml
 
 __all__ = [
     "LINE_EVERY_S",
@@ -27,4 +27,5 @@ __all__ = [
     "lost_output",
     "write",
     "write_json",
+    "write_toml",
 ]

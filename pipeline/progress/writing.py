@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 from pipeline.progress.wording import escaped
@@ -70,9 +71,18 @@ def write_json(text: str) -> bool:
     Characters that its encoding lacks, or that a terminal obeys, become escapes of JSON: those of `write` are
     for people, and no parser reads them.
     """
+    return _write_document(text, lambda characters: json.dumps(characters)[1:-1])
+
+
+def write_toml(text: str) -> bool:
+    """Write TOML like `write_json`, with the escapes of TOML."""
+    return _write_document(text, lambda characters: "".join(f"\\U{ord(each):08X}" for each in characters))
+
+
+def _write_document(text: str, escape: Callable[[str], str]) -> bool:
     is_utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name == "utf-8"
     lacking = _SURROGATE if is_utf8 else _NOT_ASCII
-    plain = lacking.sub(lambda found: json.dumps(found[0])[1:-1], escaped(text, keep="\n"))
+    plain = lacking.sub(lambda found: escape(found[0]), escaped(text, keep="\n"))
     return write(sys.stdout, plain + "\n")
 
 

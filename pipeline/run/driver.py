@@ -205,7 +205,10 @@ class Driver:
         self._committers.collect(STEP_S if self._committers.are_behind else 0.0)
 
     def _commit_rest(self, stream: ReceiptStream) -> None:
-        """Commit every complete shard, however long the output fails; a signal ends it."""
+        """Commit every complete shard, however long the output fails; a signal ends it.
+
+        While the lease is not certain no commit begins; the sweep makes those after it has looked.
+        """
         self._check()
         unread = self._tracker.without_report()
         if unread:  # The coordinator has died and forgotten them.

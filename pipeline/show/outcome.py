@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from decimal import Decimal
 from itertools import islice
 from typing import Any
 
@@ -71,11 +72,18 @@ def _reason(done: Reconciliation, settings: CaptionSettings) -> str | None:
     if failed > settings.max_failed_fraction:
         limit = f"--max-failed-fraction {settings.max_failed_fraction:g}"
         lost = "; a partial shard counts as one failed row" if done.partial else ""
-        return f"{100 * failed:.3g}% of the rows failed, more than {limit} allows{lost}"
+        return f"{_percent(failed)} of the rows failed, more than {limit} allows{lost}"
     if flagged > settings.max_flagged_fraction:
         limit = f"--max-flagged-fraction {settings.max_flagged_fraction:g}"
-        return f"{100 * flagged:.3g}% of the captions are flagged, more than {limit} allows"
+        return f"{_percent(flagged)} of the captions are flagged, more than {limit} allows"
     return None
+
+
+def _percent(fraction: float) -> str:
+    """Format a fraction with two digits after the point, or with two digits if those would be zeros."""
+    percent = 100 * fraction
+    text = f"{percent:.2f}" if percent >= 0.01 else f"{Decimal(f'{percent:.2g}'):f}"
+    return f"{text.rstrip('0').rstrip('.')}%"
 
 
 def _captions(folder: Folder, done: Reconciliation) -> Iterator[str]:

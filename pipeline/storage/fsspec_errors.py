@@ -2,9 +2,9 @@
 
 Each fsspec filesystem raises the errors of its own client: those of aiohttp, httpx, botocore or azure are no
 OSErrors. Callers would have to know them all. `HandlerWithOSErrors` turns whatever a filesystem raises into
-an OSError: "not found" and "no permission" by the HTTP status, a ValueError as one that is final, and all
-else as one that may be retried. Only a mistake in the program keeps its type. No message holds the secrets of
-a URI.
+an OSError: "not found" and "no permission" by the HTTP status, a name that its client refuses as one that is
+final, and all else as one that may be retried. Only a mistake in the program keeps its type. No message holds
+the secrets of a URI.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from json import JSONDecodeError
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -28,8 +27,10 @@ from pipeline.storage.whole_files import WHOLE_FILES
 Method = TypeVar("Method", bound=Callable[..., Any])
 MISTAKES = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError)
 """These are bugs, here or in the filesystem; a new try raises them again."""
-BAD_ANSWERS = (JSONDecodeError, UnicodeError)
-"""ValueErrors about what a server has sent; all others are about what it was to be asked."""
+NAME_ERRORS = ("HfUriError", "HFValidationError", "InvalidURL", "ParamValidationError")
+"""What huggingface_hub, HTTP clients and botocore raise about a name before they ask a server for it."""
+NAME_REASON = "must be 'namespace/name'"
+"""huggingface_hub also raises a bare ValueError. Others, such as those of gcsfs, are about an answer."""
 NOT_FOUND, NO_PERMISSION = (404, 410), (401, 403)
 
 
@@ -62,7 +63,7 @@ def _oserror(error: Exception) -> OSError:
         return PermissionError(text)
     if isinstance(error, OSError) and hide_secrets(str(error)) == str(error):
         return error
-    if isinstance(error, ValueError) and not isinstance(error, (OSError, *BAD_ANSWERS)):
+    if type(error).__name__ in NAME_ERRORS or NAME_REASON in text:
         return InvalidArgument(f"{type(error).__name__}: {text}")
     return OSError(f"{type(error).__name__}: {text}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -59,6 +60,15 @@ def test_a_terminal_does_not_wrap_what_is_a_configuration_file(monkeypatch) -> N
         monkeypatch.setattr("sys.stdout", stream)
         assert main(["config", "caption", "photos", "-o", "out", "--prompt", prompt]) == 0
     assert tomllib.loads(shown[0].replace("\r\n", "\n"))["caption"]["prompt"] == prompt
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_config_prints_toml_in_every_encoding(file: str, encoding: str, monkeypatch) -> None:
+    prompt = "caf\xe9 · \u732b \U0001f408"
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, newline=""))
+    assert main(["config", "caption", "photos", "-o", "out", "--prompt", prompt]) == 0
+    assert tomllib.loads(raw.getvalue().decode(encoding))["caption"]["prompt"] == prompt
 
 
 def test_config_refuses_what_the_command_would_refuse(file: str, capsys) -> None:

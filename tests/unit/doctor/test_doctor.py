@@ -267,6 +267,10 @@ def test_whether_the_model_fits(monkeypatch, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "demo"}')
     (tmp_path / "pytorch_model.bin").unlink()
     assert model.count_parameters(str(tmp_path), None) == num_parameters
+    for text in ("{}", "[]", "{"):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(OSError, match=r"adapter_config.json in .* is damaged"):
+            model.count_parameters(str(tmp_path), None)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,14 @@ def test_captions_next_to_photos_do_not_make_the_folder_one_of_two_kinds(tmp_pat
     assert prepare_run(tmp_path, format="folder").notes == left_out
 
 
+def test_a_table_in_a_folder_whose_name_is_not_utf8_refuses_nothing(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded("PNG"))
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    (folder / "x.parquet").write_bytes(b"PAR1")
+    assert list_input(str(tmp_path), format="folder").unread == Unread({".parquet": 1})
+
+
 def test_an_output_is_read_if_its_files_are_named_one_by_one(tmp_path):
     """A second step may score what a first one has kept."""
     write_table(tmp_path / "in/a.parquet", "a0", "a1")

@@ -241,6 +241,10 @@ def test_rows_that_cannot_be_merged_into_a_file_leave_it_as_it_is(folder):
     before = commit(folder, report(2))
     write_fragment(folder, with_kept([1], pa.array(["text"])))
     assert commit(folder, report(2)) == before
+    for number, kept in enumerate((pa.array([{"a": 1}]), pa.array(["text"]))):
+        write_fragment(folder, with_kept([number], kept), generation=1)
+    again = commit(folder, report(2, generation=1))  # the file is of the old input
+    assert (again.generation, again.num_rows, again.complete) == (1, 0, False)
 
 
 @pytest.mark.parametrize(("length", "is_refused"), [(236, False), (250, True)])

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
@@ -150,6 +151,7 @@ def test_a_driver_that_was_suspended_is_certain_of_its_lease_only_after_a_heartb
         monkeypatch.setattr(lease, "_confirmed", 0.0)
         while not lease.is_certain:
             assert lease._thread.is_alive()
+            time.sleep(0.001)
 
 
 def test_the_source_of_the_progress_can_change_while_the_lease_is_held(folder):

@@ -18,9 +18,18 @@ from pipeline.cli.main import make_parser
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.progress import Console, choose_style
+from pipeline.show import outcome
 from pipeline.show.outcome import tell_outcome
 from pipeline.storage.folder import Folder
 from tests.unit.show.test_show import write_output
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"),
+    [(0.2, "20%"), (0.9996, "99.96%"), (0.12344, "12.34%"), (3e-8, "0.000003%"), (1, "100%")],
+)
+def test_percentages_have_the_digits_that_matter(fraction, text):
+    assert outcome._percent(fraction) == text
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ def raised_for(error: Exception) -> Exception:
         (ClientError(), OSError),
         (JSONDecodeError("a body that is no JSON", "<html>", 0), OSError),
         (ValueError("Repository id must be 'namespace/name'"), InvalidArgument),  # huggingface_hub
+        (ValueError("Bad Request: 503 invalid"), OSError),  # gcsfs
         (TimeoutError("slow"), TimeoutError),
         (PermissionError("no"), PermissionError),
     ],

@@ -43,7 +43,7 @@ def tables_in_outputs(root: str, tables: Sequence[str]) -> set[str]:
     filesystem, base = open_filesystem(root)
 
     def is_output(folder: str) -> bool:
-        with contextlib.suppress(OSError, pa.ArrowException):
+        with contextlib.suppress(OSError, UnicodeError, pa.ArrowException):
             (info,) = filesystem.get_file_info([join(join(base, folder), RUN_RECORD)])
             return info.type == pafs.FileType.File
         return False
