@@ -246,11 +246,13 @@ def test_a_logits_processor_that_raises_fails_its_own_request(engine, num_beams)
     good, other = make_requests(2, prompts=["a"])
     options = GenerationOptions(max_new_tokens=8, num_beams=num_beams, min_new_tokens=8)
     bad = replace(good, logits_processor=broken)
-    wrong_shape = replace(good, logits_processor=lambda _, scores: scores[:, 1:])
-    failed, misshapen, served = engine().generate([bad, wrong_shape, other], options)
-    assert (failed.status, misshapen.status, served.status) == (Status.FAILED, Status.FAILED, Status.OK)
+    wrong_shape = replace(good, logits_processor=lambda _, scores: scores[:, :1])
+    no_scores = replace(good, logits_processor=lambda _, scores: None)  # type: ignore[arg-type, return-value]
+    failed, misshapen, missing, served = engine().generate([bad, wrong_shape, no_scores, other], options)
+    assert {failed.status, misshapen.status, missing.status} == {Status.FAILED} and served.ok
     assert failed.error == "logits_processor must not raise, got KeyError('no such token')"
     assert misshapen.error.startswith("logits_processor must return scores of shape")
+    assert misshapen.error.endswith(f"got [{num_beams}, 1]") and missing.error.endswith("got NoneType")
     assert served.token_ids == engine().generate([other], options)[0].token_ids
 
 

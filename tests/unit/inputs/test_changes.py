@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -249,28 +250,35 @@ def test_a_partial_tar_that_was_repaired_is_made_again_by_retry_alone(tmp_path):
     assert captions(tmp_path)["0.tar"] == rows_of(*"abcdef")
 
 
-def test_all_ranges_of_a_changed_table_are_made_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "before", "num_rows", "after"),
+    [
+        (None, {"0-1": "01", "2-3": "23", "4-5": "45"}, 3, {"0-1": "01", "2-2": "2"}),
+        (5, {"0-1": "01", "2-3": "23", "4-5": "4"}, 8, {"0-1": "01", "2-3": "23", "4-5": "4"}),
+    ],
+)
+def test_all_ranges_of_a_changed_table_are_made_again(tmp_path, monkeypatch, limit, before, num_rows, after):
     """Its row groups move: a range of the new table is not the range of the old one."""
     monkeypatch.setitem(listing.list_input.__kwdefaults__, "range_bytes", 1)
     monkeypatch.setattr(listing.shards_of_file, "__defaults__", (1,))
 
     def write_table(num_rows: int, content: str) -> None:
         (tmp_path / "in").mkdir(exist_ok=True)
-        keys = [f"k{at}" for at in range(num_rows)]
+        keys = [f"{at}" for at in range(num_rows)]
         images = [f"{content} {key}".encode() for key in keys]
         pq.write_table(pa.table({"key": keys, "image": images}), tmp_path / "in/t.parquet", row_group_size=2)
 
+    def expected(ranges: dict[str, str], content: str) -> dict[str, Any]:
+        return {f"t.parquet~{name}": rows_of(*keys, content=content) for name, keys in ranges.items()}
+
     write_table(6, "old")
-    run(tmp_path)
-    assert list(captions(tmp_path)) == ["t.parquet~0-1", "t.parquet~2-3", "t.parquet~4-5"]
-    write_table(3, "new")
+    run(tmp_path, limit=limit)
+    assert captions(tmp_path) == expected(before, "old")
+    write_table(num_rows, "new")
     with pytest.raises(InputError, match="3 shards of the input have changed"):
-        run(tmp_path)
-    run(tmp_path, redo_changed=True)
-    assert captions(tmp_path) == {
-        "t.parquet~0-1": rows_of("k0", "k1", content="new"),
-        "t.parquet~2-2": rows_of("k2", content="new"),
-    }
+        run(tmp_path, limit=limit)
+    run(tmp_path, limit=limit, redo_changed=True)
+    assert captions(tmp_path) == expected(after, "new")
 
 
 def test_rows_with_other_keys_are_not_merged_when_the_listing_knew_nothing(tmp_path):
@@ -345,6 +353,17 @@ def test_new_tars_are_added_under_the_names_that_a_listing_gives_them(tmp_path):
     )
     run(tmp_path, add_new=True)
     assert list(captions(tmp_path)) == ["a/0.tar", "a/1.tar", "b/0.tar"]
+
+
+def test_new_tars_of_a_folder_keep_its_prefix_when_another_folder_is_added(tmp_path):
+    """Names begin below the folder that all inputs have in common, which another input moves up."""
+    first, second = str(tmp_path / "in/a"), str(tmp_path / "in/b")
+    write_tar(tmp_path / "in/a/0.tar", "a0")
+    run(tmp_path, input=(first,))
+    write_tar(tmp_path / "in/a/1.tar", "a1")
+    write_tar(tmp_path / "in/b/0.tar", "b0")
+    run(tmp_path, input=(first, second), add_new=True)
+    assert list(captions(tmp_path)) == ["0.tar", "1.tar", "b/0.tar"]
 
 
 def test_a_new_file_whose_name_leaves_no_room_for_those_of_the_output_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Two drivers on one output do all work twice; a lease that outlives its driver blocks the resume."""
 
 import json
+import mmap
 import subprocess
 import sys
 import threading
@@ -110,23 +111,20 @@ def test_a_driver_elsewhere_without_heartbeats_is_replaced(folder):
 
 
 def test_a_driver_elsewhere_with_heartbeats_keeps_its_lease(folder):
-    beating = threading.Event()
-
-    def beat() -> None:
-        number = 0
-        while not beating.wait(0.01):
-            number += 1
-            put(folder, elsewhere(token="other", beat=number))
-
-    put(folder, elsewhere(token="other"))
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
+    with Lease(folder, beat_s=0.01) as other:
+        other._me = replace(other._me, machine="another", host="node-7")
+        while holder_of(folder).host != "node-7":
+            assert other._thread.is_alive()
         with pytest.raises(OutputInUse, match="node-7"), Lease(folder, beat_s=0.1, dead_after_s=60):
             pass
-    finally:
-        beating.set()
-        thread.join()
+
+
+def test_a_process_is_known_by_its_start_and_not_by_what_it_does():
+    """If the wrong field were read, a driver whose memory has grown would look dead."""
+    me = Holder.of_this_process()
+    with mmap.mmap(-1, 64 << 20):
+        assert not me.is_known_dead
+    assert replace(me, pid=1).is_known_dead
 
 
 def test_a_driver_whose_lease_was_taken_notices_and_leaves_it_alone(folder):

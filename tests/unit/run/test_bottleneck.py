@@ -30,6 +30,7 @@ def test_a_short_run_names_none():
         ("caption", 64, 8, 3, "--max-actors, up to 8"),
         ("decode", 2, 0, 2, "more CPUs or --image-jpeg-draft"),
         ("decode", 16, 0, 2, "--max-decode-actors, up to 16"),
+        ("write", 16, 0, 1, "a faster store for the output"),
     ],
 )
 def test_more_actors_are_advised_only_if_there_is_something_to_run_on(

@@ -75,6 +75,7 @@ def test_a_caption_passes_two_dozen_huge_requests() -> None:
         door, release = admission(), asyncio.Event()
         holding = [asyncio.create_task(hold(door, HUGE, release)) for _ in range(24)]
         await settle()
+        assert door.stats()["slots_held"] == 4, "half of the slots are for small work"
         async with asyncio.timeout(1), admit(door, CAPTION):
             pass
         release.set()
