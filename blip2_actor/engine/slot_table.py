@@ -90,7 +90,7 @@ class SlotTable:
         """
         chosen: dict[RequestState, None] = {}
         for text in reversed(self.texts):
-            if num_slots <= 0 and text.request not in chosen:
+            if num_slots <= 0:
                 break
             if text.request.low_priority:
                 chosen[text.request] = None

@@ -10,6 +10,7 @@ from blip2_actor import GenerationOptions, find_quality_flags, stricter_options
     [
         "a red circle above a blue square on a grey background",
         "a man and a woman and a dog and a cat on a very very very large sofa",
+        "very very very large dogs",
         "no. 7",
         "猫",
     ],

@@ -129,6 +129,16 @@ def test_a_piece_that_is_gone_ends_the_merge_in_either_pass(monkeypatch):
     assert merge.numbers.tolist() == [0]
     with pytest.raises(PieceGone):
         list(merge.row_groups(1))
+    joined: list[list[pa.Table | None]] = [[piece_of([0]), piece_of([0])], [piece_of([1]), None]]
+    merge = Merge([partial(tables.pop, 0) for tables in joined])
+    with pytest.raises(PieceGone):
+        list(merge.row_groups(2))
+
+
+def test_the_first_of_several_rows_with_different_keys_is_named():
+    other = piece_of([0, 1, 2]).set_column(0, "key", pa.array(["k0", "x1", "x2"]))
+    merge = Merge([partial(given, table) for table in (piece_of([2, 1, 0]), other)])
+    assert merge.first_conflict() == (1, "k1", "x1")
 
 
 def test_more_than_a_chunk_has_room_for_is_written(tmp_path, monkeypatch):

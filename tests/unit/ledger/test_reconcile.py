@@ -21,6 +21,10 @@ def test_it_counts_partial_shards_and_missing_ones():
     assert Reconciliation(1, (Summary("a", 5, {"ok": 4}),), ()).exit_status(1.0) == 1
 
 
+def test_all_rows_of_a_shard_may_have_failed():
+    assert Summary("a", 3, {"undecodable": 3}).num_failed == 3
+
+
 def test_a_run_without_rows_has_no_failures():
     done = Reconciliation(0, (), ())
     assert (done.failed_fraction, done.exit_status(0.0)) == (0.0, 0)

@@ -113,7 +113,8 @@ def test_one_machine_takes_what_it_has():
 
 def test_device_cpu_takes_no_accelerator():
     """Actors took GPUs and left them idle."""
-    assert not placed(machine(4, 2), ON_CPU).caption.accelerators
+    caption = placed(machine(4, 2), ON_CPU).caption
+    assert not caption.accelerators and str(caption) == f"{caption.num_cpus:g} CPU"
 
 
 def test_other_accelerators_and_parts_of_a_gpu():
@@ -125,6 +126,7 @@ def test_other_accelerators_and_parts_of_a_gpu():
         "resources": {"NPU": 2.0},
         "label_selector": None,
     }
+    assert str(needs.caption) == "2 NPU"
     assert needs.max_actors == 3, "Ray Data does not limit a pool by such resources"
     assert placed(machine(4, 2), gpus_per_actor=0.5).max_actors == 4
 

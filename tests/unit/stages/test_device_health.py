@@ -95,10 +95,11 @@ def test_a_failure_that_several_calls_meet_counts_once(monkeypatch):
 
 def test_a_row_that_was_captioned_shows_that_the_device_works():
     coordinator = Coordinator()
-    for status, is_last in (("ok", False), ("failed", True)):
+    ok, failed = ("ok", 1), ("failed", 1)
+    for by_status, is_last in (((ok,), False), ((failed, ok), False), ((failed,), True)):
         for _ in range(2):
             fail(coordinator)
-        coordinator.wrote("call", [(5, 6)], [Receipt("s", ((5, 6),), ((status, 1),))], GPU)
+        coordinator.wrote("call", [(5, 6)], [Receipt("s", ((5, 6),), by_status)], GPU)
         assert fail(coordinator) == [is_last]
         assert fail(coordinator, device=OTHER) == [False]
         coordinator.wrote("call", [(7, 8)], [Receipt("s", ((7, 8),), (("ok", 1),))], GPU)

@@ -7,6 +7,7 @@ from collections.abc import Container
 
 import fsspec
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -85,6 +86,14 @@ def test_a_missing_file_is_not_retried(store, monkeypatch):
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 3600.0)
     _, report = read_rows(Shard(name="s", format="webdataset", root="flaky://s", files=("gone.tar",)))
     assert not report.complete and str(report.reason).endswith("is not there")
+
+
+def test_closing_it_closes_the_file_of_the_store(store):
+    file = retrying_file.RetryingFile(pafs.PyFileSystem(pafs.FSSpecHandler(store)), "/s/0.jpg")
+    opened = file._file
+    file.close()
+    file.close()
+    assert opened is not None and opened.closed
 
 
 def test_a_file_that_a_flag_names_is_read_whole(store, monkeypatch):

@@ -51,3 +51,12 @@ def test_the_number_of_wanted_slots_follows_every_change() -> None:
     while len(ready):
         ready.take_first()
     assert ready.num_slots == 0
+
+
+def test_a_request_that_needs_more_slots_than_there_are_fails_and_does_not_wait_forever() -> None:
+    ready = ReadyQueue(Limits(max_slots=4, encode_batch=4))
+    fits, exceeds = make_request(4), make_request(5)
+    ready.add(fits)
+    ready.add(exceeds)
+    assert ready.take(4, 2) == [fits] and not fits.future.done()
+    assert "must be at most 4, got 5" in str(exceeds.future.result(0).error)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.inputs.formats import samples
 from pipeline.inputs.formats.rows import escape_name
-from pipeline.inputs.formats.tar import open_tar
+from pipeline.inputs.formats.tar import _Header, open_tar
 from pipeline.inputs.reader import ReadOptions
 from tests.unit.inputs.formats.reading_cases import (
     encoded,
@@ -350,3 +350,13 @@ def test_tables_are_small_and_the_same_every_time(tmp_path):
     tables, _ = read_tables(shard, table_rows=20, table_bytes=4000)
     assert {len(table) for table in tables} == {4, 2}
     assert tables == read_tables(shard, table_rows=20, table_bytes=4000)[0]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_an_ordinary_header_is_parsed_without_tarfile(monkeypatch, format):
+    """The parser of `tarfile` takes three times as long, and the result is the same."""
+    monkeypatch.setattr(tarfile.TarInfo, "frombuf", lambda *_: pytest.fail("parsed by tarfile"))
+    member = tarfile.TarInfo("a/0.jpg")
+    member.size = 12
+    header = _Header.frombuf(member.tobuf(format), "utf-8", "surrogateescape")
+    assert (header.name, header.size, header.isreg()) == ("a/0.jpg", 12, True)
