@@ -2,9 +2,10 @@
 
     python -m examples.filter_by_match pairs --model Salesforce/blip2-itm-vit-g --min-score 0.5
 
-`pairs` is a folder with a text file next to each image: photo.jpg and photo.txt. Without a folder, pictures
-are drawn, and a tiny checkpoint with random weights scores them: it shows the calls, and its scores mean
-nothing. For millions of pairs, `blip2 score --text-column txt --score-model …` does the same as a job.
+`pairs` is a folder with a text file next to each image: photo.jpg and photo.txt. An image without one is left
+out. Without a folder, pictures are drawn. Without --model, a tiny checkpoint with random weights scores the
+pairs: it shows the calls, and its scores mean nothing. For millions of pairs, `blip2 score --text-column txt
+--score-model …` does the same as a job.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 def matching_pairs(folder: Path, model: str, min_score: float) -> list[tuple[str, str, float]]:
     """Return (file, text, probability of a match) for the pairs that reach the score, best first."""
-    images = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
+    images = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.with_suffix(".txt").exists()
+    ]
     texts = [image.with_suffix(".txt").read_text(encoding="utf-8").strip() for image in images]
     with MatchingConfig(model=model).build() as engine:
         matches = engine.score([image.read_bytes() for image in images], texts)

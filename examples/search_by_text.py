@@ -2,8 +2,8 @@
 
     python -m examples.search_by_text 'a dog on a beach' photos --model Salesforce/blip2-itm-vit-g-coco
 
-Without a folder, pictures are drawn, and a tiny checkpoint with random weights embeds them: it shows the
-calls, and its order means nothing. For millions of images, keep the vectors.
+Without a folder, pictures are drawn. Without --model, a tiny checkpoint with random weights embeds them: it
+shows the calls, and its order means nothing. For millions of images, keep the vectors.
 """
 
 from __future__ import annotations

@@ -6,12 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
-from transformers import (
-    Blip2ForImageTextRetrieval,
-    Blip2Processor,
-    BlipImageProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import Blip2ForImageTextRetrieval, Blip2Processor, PreTrainedTokenizerFast
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blip2_actor.testing.random_weights import randomize_weights
 from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, NUM_QUERIES, tiny_config
@@ -53,7 +49,7 @@ def save_tiny_retrieval_checkpoint(folder: Path, image_token: bool = False) -> P
     model.save_pretrained(folder)
     size = {"height": IMAGE_SIZE_PX, "width": IMAGE_SIZE_PX}
     num_query_tokens = NUM_QUERIES if image_token else None
-    processor = Blip2Processor(BlipImageProcessor(size=size), _bert_tokenizer(), num_query_tokens)
+    processor = Blip2Processor(BlipImageProcessorPil(size=size), _bert_tokenizer(), num_query_tokens)
     processor.save_pretrained(folder)
     return folder
 

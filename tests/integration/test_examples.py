@@ -87,6 +87,7 @@ def test_pairs_are_filtered_by_their_match(folder, capsys):
     scores = [float(line.split("  ")[0]) for line in capsys.readouterr().out.splitlines()]
     assert len(scores) == 6 and scores == sorted(scores, reverse=True)
     model = filter_by_match.write_demonstration(folder)
+    (folder / "pairs" / "no-text.png").write_bytes(b"")
     pairs = filter_by_match.matching_pairs(folder / "pairs", model, scores[2] - 0.0005)
     assert len(pairs) < 6 and all(score >= scores[2] - 0.0005 for _, _, score in pairs)
 
