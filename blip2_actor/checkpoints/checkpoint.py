@@ -82,7 +82,7 @@ class Checkpoint:
         if self.is_retrieval:
             raise ValueError(
                 f"the model must have a language model, got {RETRIEVAL} in {self.folder}; "
-                "use MatchingConfig to score images and texts with it, or name another model for captions"
+                "as score_model, or in Python by MatchingConfig, it scores images and texts"
             )
         text = config.text_config
         if text.model_type not in ("opt", "t5"):
@@ -112,8 +112,8 @@ class Checkpoint:
         config = self._any_config
         if not self.is_retrieval:
             raise ValueError(
-                f"the model must be a {RETRIEVAL}, got {config.architectures} in {self.folder}; "
-                "use EngineConfig for a model that writes text"
+                f"the model must be a {RETRIEVAL}, got {', '.join(config.architectures or ['another'])} in "
+                f"{self.folder}; one that writes text scores without score_model (in Python, by EngineConfig)"
             )
         require_vocabulary(self.folder, "bert", config.qformer_config.vocab_size, ())
         return config

@@ -135,9 +135,11 @@ def test_each_config_refuses_the_others_checkpoint(
     folder: Path, checkpoint_folder: Callable[..., Path]
 ) -> None:
     """It refuses before it loads anything, and names the configuration that fits."""
-    with pytest.raises(ValueError, match=r"must have a language model.*MatchingConfig"):
+    with pytest.raises(ValueError, match=r"must have a language model.*as score_model.*MatchingConfig"):
         EngineConfig(model=str(folder)).info()
-    with pytest.raises(ValueError, match=r"must be a Blip2ForImageTextRetrieval.*EngineConfig"):
+    with pytest.raises(
+        ValueError, match=r"must be a Blip2For\w+, got Blip2For.*without score_model.*EngineConfig"
+    ):
         MatchingConfig(model=str(checkpoint_folder("opt"))).info()
     info = MatchingConfig(model=str(folder)).info()
     assert (info.image_size_px, info.vision_width, info.qformer_width) == (IMAGE_SIZE_PX, 24, 16)
