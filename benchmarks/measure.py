@@ -56,10 +56,14 @@ def alternate(
     return {name: Timing(found) for name, found in seconds.items()}
 
 
+def quotients(timings: Mapping[str, Timing], slow: str, fast: str) -> list[float]:
+    """Return how many times faster `fast` is than `slow` in each round."""
+    return [s / f for s, f in zip(timings[slow].seconds, timings[fast].seconds, strict=True)]
+
+
 def ratio(timings: Mapping[str, Timing], slow: str, fast: str) -> float:
     """Return how many times faster `fast` is than `slow`: the median of the ratio of each round."""
-    pairs = zip(timings[slow].seconds, timings[fast].seconds, strict=True)
-    return statistics.median(s / f for s, f in pairs)
+    return statistics.median(quotients(timings, slow, fast))
 
 
 def product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], None], float]:

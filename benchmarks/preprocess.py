@@ -34,7 +34,7 @@ from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from benchmarks.command_line import make_parser
-from benchmarks.measure import Timing, ratio, report
+from benchmarks.measure import Timing, quotients, ratio, report
 from blip2_actor import DecodePool, ImageLimits, decode_image, resize_image
 from blip2_actor.models.vision import PixelNormalizer
 
@@ -143,10 +143,6 @@ def compare(size: tuple[int, int], num_images: int, rounds: int) -> dict[str, An
             "most": int(difference.max()),
         },
     }
-
-
-def quotients(timings: dict[str, Timing], slow: str, fast: str) -> list[float]:
-    return [s / f for s, f in zip(timings[slow].seconds, timings[fast].seconds, strict=True)]
 
 
 def small_images(size: tuple[int, int], num_images: int, rounds: int) -> dict[str, Any]:

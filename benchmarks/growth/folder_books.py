@@ -40,6 +40,9 @@ class _Entry:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def is_symlink(self) -> bool:
+        return False
+
     def is_dir(self) -> bool:
         return False
 
