@@ -274,7 +274,7 @@ def _attributes(done: asyncio.Future[Result]) -> dict[str, str | int]:
 def _added(sent: list[str], index: int, text: str) -> TextPiece | None:
     """Return what a text has grown by since the last piece, and note it."""
     before = sent[index]
-    if text == before or not text.startswith(before):  # an engine short of memory may have begun it again
+    if text == before or not text.startswith(before):  # a text that has failed is empty
         return None
     sent[index] = text
     return TextPiece(index=index, text=text[len(before) :])

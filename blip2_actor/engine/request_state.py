@@ -46,11 +46,14 @@ class RequestState:
     """True once the future's waiters are told that it is cancelled."""
 
     def __post_init__(self) -> None:
-        self.restart()
+        self.searches = self.make_searches()
 
     def restart(self) -> None:
-        """Start again at the first token."""
-        self.searches = self.make_searches()
+        """Start again at the first token. A text keeps the tokens that it has; beams are searched anew."""
+        before, self.searches = self.searches, self.make_searches()
+        for search, old in zip(self.searches, before, strict=True):
+            if isinstance(search, TextSearch) and isinstance(old, TextSearch):
+                search.repeat(old)
 
     @property
     def num_slots(self) -> int:

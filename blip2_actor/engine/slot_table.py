@@ -39,7 +39,8 @@ class RunningText:
     @property
     def takes_argmax(self) -> bool:
         """True if the next token is the largest logit, or that among the tokens that do not end the text."""
-        return isinstance(self.search, TextSearch) and self.search.takes_argmax
+        search = self.search
+        return isinstance(search, TextSearch) and search.takes_argmax and not search.repeats
 
     @property
     def end_is_banned(self) -> bool:

@@ -44,7 +44,7 @@ class TextSearch:
         Args:
             prefix_ids: ids that the reference's logits processors see before the first new token.
             seed: of this text's random numbers; None is greedy search.
-            on_token: called with all new tokens, after each of them.
+            on_token: called with all new tokens, after each of them, but not when `repeat` takes it again.
             processor: the request's own logits processor.
         """
         self.options = options
@@ -64,6 +64,22 @@ class TextSearch:
         """True if the next token is the largest logit, apart from end tokens while `end_is_banned`."""
         self._max_new_tokens = options.max_new_tokens
         self._end_ids = vocabulary.end_ids
+        self._known: list[tuple[int, float]] = []
+        """Tokens to take again, each with its log-probability."""
+
+    def repeat(self, before: TextSearch) -> None:
+        """Take the tokens of an unfinished search instead of those that are selected, and go on after them.
+
+        Whoever has seen its text must not get another one. In another batch the device may round a logit
+        differently, and a caller's processor need not repeat itself.
+        """
+        num_taken = len(before.token_ids)
+        self._known = [*zip(before.token_ids, before.token_logprobs, strict=True), *before._known[num_taken:]]
+
+    @property
+    def repeats(self) -> bool:
+        """True if the next token is known, whatever is selected."""
+        return len(self.token_ids) < len(self._known)
 
     def tokens(self) -> list[int]:
         """Return the newest token of the slot."""
@@ -82,14 +98,17 @@ class TextSearch:
         self.error, self.done = error, True
 
     def accept(self, token_id: int, logprob: float) -> bool:
-        """Append a token; return True if the text is complete."""
+        """Append a token, or the one that is known instead; return True if the text is complete."""
+        is_new = not self.repeats
+        if not is_new:
+            token_id, logprob = self._known[len(self.token_ids)]
         self.token_ids.append(token_id)
         self.token_logprobs.append(logprob)
         if token_id in self._end_ids or self._has_stop_text():
             self.done, self.finish_reason = True, "stop"
         elif len(self.token_ids) >= self._max_new_tokens:
             self.done = True
-        if self.on_token is not None:
+        if self.on_token is not None and is_new:
             self.on_token(self.token_ids)
         return self.done
 
