@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 MAX_OPTIONS = 256
 """Different options whose values are kept: to find them takes two thirds of the time that a request takes to
 prepare."""
+_BEGUN_CONTRACTION = re.compile(r"( n'?| '[vr]|')$")
+"""Many tokenizers drop the space before 's, n't and others (`clean_up_tokenization_spaces`)."""
 
 
 class InputProcessor:
@@ -195,12 +198,12 @@ class InputProcessor:
 def stable_text(text: str, stop: Sequence[str]) -> str:
     """Return the part of a growing text that later tokens will not change.
 
-    An incomplete character at the end, a stop text, the beginning of one, and white space around the text
-    are left out.
+    An incomplete character at the end, a stop text, the beginning of one, the beginning of a contraction, and
+    white space around the text are left out.
     """
     cut = cut_at_stop(text, stop)
     if cut is not None:
         return cut
     text = text.rstrip("\ufffd")
     begun = (n for s in stop for n in range(min(len(s), len(text)), 0, -1) if text.endswith(s[:n]))
-    return text[: len(text) - max(begun, default=0)].strip()
+    return _BEGUN_CONTRACTION.sub("", text[: len(text) - max(begun, default=0)]).strip()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import queue
+from concurrent.futures import Future
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from blip2_actor import GenerationOptions, Request, Result, Status
 from blip2_actor.engine import submission
 from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.input_processor import stable_text
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState
+from blip2_actor.request import Completion
 
 
 @pytest.fixture
@@ -60,3 +66,18 @@ def test_an_error_cancels_what_is_queued_already(enqueued: list[RequestState]) -
     with pytest.raises(TypeError, match="wrong"):
         submit(enqueued, [b"a", b"b", TypeError("wrong")])
     assert [state.future.cancelled() for state in enqueued] == [True, True]
+
+
+@pytest.mark.parametrize("text", ["a man 's hat is n't red .", "they 've ' many ' , we 're 'm ' .", "  'n'"])
+def test_a_stream_says_the_whole_text_where_a_tokenizer_drops_spaces(text: str) -> None:
+    """It had said `a man '`, which `a man's hat` does not begin with, and said no more."""
+    clean_up = partial(PreTrainedTokenizerFast.clean_up_tokenization, None)  # it uses nothing of the object
+    grown = [clean_up(text[:end]) for end in range(len(text) + 1)]
+    texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for one in grown:
+        texts.put(stable_text(one, ()))
+    whole = grown[-1].strip()
+    future: Future[Result] = Future()
+    completion = Completion(text=whole, token_ids=(), logprob=0.0, finish_reason="stop")
+    future.set_result(Result(completions=(completion,)))
+    assert "".join(submission.text_pieces(texts, future)) == whole
