@@ -13,6 +13,7 @@ sandbox around itself before it reads the first image (`sandbox/`).
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -32,7 +33,8 @@ _INPUT_BUFFER_BYTES = 1 << 20
 
 def main() -> None:
     size_px, limits = int(sys.argv[1]), ImageLimits(**json.loads(sys.argv[2]))
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    # Not the place of standard error, which is free if the parent has closed its own.
+    replies = os.fdopen(fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3), "wb", buffering=0)
     prepare_for_sandbox()
     _apply(limits)
     requests = os.fdopen(0, "rb", buffering=_INPUT_BUFFER_BYTES)

@@ -165,6 +165,18 @@ def test_a_child_that_cannot_start_is_an_error_and_not_a_status() -> None:
                 pool.decode(GOOD)
 
 
+@pytest.mark.parametrize("closed", [(2,), (0, 1, 2)], ids=str)
+def test_children_start_for_a_program_that_has_closed_its_standard_files(closed: tuple[int, ...]) -> None:
+    """The child's replies went where its standard error goes, to nowhere."""
+    program = (
+        "import os, sys; sys.path[:0] = [os.getcwd()]\n"
+        "from tests.unit.preprocessing.test_decode_pool import SIZE, GOOD, EXPECTED, DecodePool\n"
+        f"for fd in {closed}: os.close(fd)\n"
+        "with DecodePool(SIZE) as pool: os._exit(0 if pool.decode(GOOD) == EXPECTED else 3)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
 def test_a_program_that_is_no_child_is_an_error_too() -> None:
     """Something in the installation may print when Python starts."""
     command = (sys.executable, "-c", "print('Welcome!' * 9000)")
