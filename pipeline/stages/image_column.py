@@ -23,6 +23,7 @@ from ray.data.extensions import (
 )
 
 from blip2_actor import DecodedImage, Status, require_image_layout
+from pipeline.inputs.formats.addresses import refusal
 from pipeline.inputs.formats.tables.columns import is_bytes, is_text
 from pipeline.schema import to_plain
 
@@ -105,7 +106,7 @@ def _cells_of_chunk(chunk: pa.Array) -> list[Any]:
     if pa.types.is_struct(chunk.type):
         return [_read_struct(value) for value in chunk.to_pylist()]
     if is_text(chunk.type):
-        return [Address(text.strip()) if text else None for text in chunk.to_pylist()]
+        return [_address(text.strip()) if text else None for text in chunk.to_pylist()]
     if isinstance(chunk.type, (pa.FixedShapeTensorType, *RAY_TYPES)):
         is_native = isinstance(chunk, pa.FixedShapeTensorArray)
         cells = chunk.to_numpy_ndarray() if is_native else chunk.to_numpy(zero_copy_only=False)
@@ -148,11 +149,16 @@ def _array(value: Any, dtype: np.dtype) -> np.ndarray | DecodedImage | None:
         return DecodedImage(status=Status.UNDECODABLE, error=f"the lists are no array: {error}")
 
 
-def _read_struct(value: dict[str, Any] | None) -> bytes | Address | None:
+def _address(text: str) -> Address | DecodedImage:
+    reason = refusal(text)
+    return DecodedImage(status=Status.REFUSED, error=reason) if reason else Address(text)
+
+
+def _read_struct(value: dict[str, Any] | None) -> bytes | Address | DecodedImage | None:
     """Return the bytes of a struct, or the address that it names."""
     if value is None or value.get("bytes") is not None or value.get("path") is None:
         return None if value is None else value.get("bytes")
-    return Address(value["path"])
+    return _address(value["path"])
 
 
 def _require_image(cell: Any) -> Cell | Address:

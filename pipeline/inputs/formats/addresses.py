@@ -1,6 +1,7 @@
 """Addresses of images in the cells of a table: URLs, URIs of stores, data URIs, and paths.
 
-A relative path is relative to the folder of the file that names it.
+A relative path is relative to the folder of the file that names it. Whoever has written the cells may be
+unknown to the user of a run, so `refusal` says which of them must not be followed.
 """
 
 from __future__ import annotations
@@ -9,10 +10,19 @@ import hashlib
 import os
 import posixpath
 import re
+from urllib.parse import parse_qsl
 
 from pipeline.storage.filesystems import WEB_SCHEMES
+from pipeline.storage.secrets import hide_secrets
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_BUCKET = re.compile(r"([^/@]*@)?[\w.-]+", re.ASCII)
+_AZURE = re.compile(r"([\w$-]+@)?[\w$-]+(\.(blob|dfs)\.core\.windows\.net)?", re.ASCII)
+"""A container, an account, or both. Arrow takes any other host for a server of its own."""
+_STORES = dict.fromkeys(("s3", "gs", "gcs", "hf"), _BUCKET) | dict.fromkeys(("abfs", "abfss", "az"), _AZURE)
+"""Stores whose servers an address cannot choose, and what may stand for a bucket in it."""
+_SIGNATURE = re.compile(r"s[a-z]{1,2}|sdd|spr|sk(oid|tid|[tesv])|rsc[cdelt]")
+"""The fields of a shared access signature of Azure."""
 
 
 def scheme_of(address: str) -> str:
@@ -26,6 +36,50 @@ def scheme_of(address: str) -> str:
 def is_web(address: str) -> bool:
     """Return whether an address is that of a web server."""
     return scheme_of(address) in WEB_SCHEMES
+
+
+def refusal(address: str, folder: str = "") -> str | None:
+    """Say why the image at an address must not be loaded; None if it may be.
+
+    An address must lead to no server of the network of this machine, and fsspec knows many ways there. So it
+    may name the stores whose servers it cannot choose, and the store of the file that it is in. Whether a web
+    server may be asked is checked when it is.
+
+    Args:
+        address: as a row has it.
+        folder: URI of the folder that relative paths are relative to.
+    """
+    scheme = scheme_of(address)
+    place, mark, options = address.partition("?")
+    if scheme in ("data", "file", *WEB_SCHEMES):
+        return None
+    if not scheme and "://" not in address:
+        if mark and "://" in folder and not (is_web(folder) or address.startswith("/")):
+            return f"a path in a store must be without ?, got {address[:200]!r}; write %3F for each ?"
+        return None
+    if scheme and not mark and _store_of(address) == _store_of(folder):
+        return None
+    names = _STORES.get(scheme)
+    if names is not None and names.fullmatch(_store_of(place)[1]):
+        given = parse_qsl(options, keep_blank_values=True)
+        if all(_names_no_server(scheme, option, value) for option, value in given):
+            return None
+    return (
+        "the address must be an http or https URL, a path, or a URI of s3, gs, abfs, az or hf without an "
+        f"option that names a server, got {hide_secrets(address)[:200]}"
+    )
+
+
+def _names_no_server(scheme: str, option: str, value: str) -> bool:
+    if scheme == "s3":
+        return option == "region" and re.fullmatch(r"[a-z0-9-]+", value) is not None
+    return scheme in ("abfs", "abfss") and _SIGNATURE.fullmatch(option) is not None
+
+
+def _store_of(uri: str) -> tuple[str, str]:
+    """Return the scheme of a URI, and its server, bucket or container."""
+    scheme, _, rest = uri.partition("://")
+    return scheme.lower(), rest.partition("?")[0].partition("/")[0]
 
 
 def key_of(address: str) -> str:
@@ -56,4 +110,6 @@ def resolve(address: str, folder: str) -> str:
         return os.path.normpath(os.path.join(folder, address))
     scheme, _, rest = folder.partition("://")
     path, mark, query = rest.partition("?")
-    return f"{scheme}://{posixpath.normpath(posixpath.join(path, address))}{mark}{query}"
+    store, _, path = path.partition("/")
+    inside = posixpath.normpath(f"/{path}/{address}").lstrip("/")  # `..` does not lead to another store.
+    return f"{scheme}://{store}/{inside}{mark}{query}"

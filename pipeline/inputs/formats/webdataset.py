@@ -11,7 +11,7 @@ from __future__ import annotations
 import tarfile
 
 from blip2_actor import Status
-from pipeline.inputs.formats.addresses import folder_of, resolve
+from pipeline.inputs.formats.addresses import folder_of, refusal, resolve
 from pipeline.inputs.formats.rows import TableBuilder, escape_name
 from pipeline.inputs.formats.samples import Sample, SampleReader
 from pipeline.inputs.formats.tar import TAR_ERRORS, check_after_end, open_archive, open_file, open_tar
@@ -104,7 +104,9 @@ def _add(table: TableBuilder, sample: Sample, row: int, folder: str) -> None:
     member = None if found is None else found.name
     address = None
     if image is not None and table.holds_addresses:
-        address, image = resolve(image.decode(errors="replace").strip(), folder), None
+        written, image = image.decode(errors="replace").strip(), None
+        error = refusal(written, folder)
+        status, address = (Status.REFUSED, None) if error else (None, resolve(written, folder))
     table.add(
         row,
         sample.key,

@@ -104,6 +104,8 @@ def test_paths_and_texts_are_addresses_of_images():
     texts = pa.array([" a.png\n", "", None], pa.string_view())
     require_images("image", texts.type, fetches=True)
     assert read_images(pa.chunked_array([texts])) == [Address("a.png"), None, None]
+    private = pa.chunked_array([pa.array(["memory::http://10.0.0.1/a", "ftp://10.0.0.1/a"])])
+    assert [cell.status for cell in read_images(private) if isinstance(cell, DecodedImage)] == ["refused"] * 2
 
 
 def test_cells_that_hold_no_image_fail_alone():

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from blip2_actor import Status
 from pipeline.errors import InputError
-from pipeline.inputs.formats.addresses import folder_of, key_of, resolve
+from pipeline.inputs.formats.addresses import folder_of, key_of, refusal, resolve
 from pipeline.inputs.formats.manifests.records import Kind, kind_of, names, records, values
 from pipeline.inputs.formats.rows import escape_name
 from pipeline.inputs.formats.tables.columns import Columns
@@ -163,6 +163,8 @@ class _Rows:
         row |= {name: found[field.name] for name, field in columns.kept.items()}
         if not address:
             return row | {"status": Status.MISSING_IMAGE, "error": "the record names no image"}
+        if reason := refusal(address, self._folder):
+            return row | {"status": Status.REFUSED, "error": escape_name(reason)}
         return row | {ADDRESS: resolve(address, self._folder)}
 
     def take(self) -> pa.Table:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from blip2_actor import Status
-from pipeline.inputs.formats.addresses import resolve
+from pipeline.inputs.formats.addresses import refusal, resolve
 from pipeline.inputs.formats.base64_text import HEAD_CHARS, decode_base64, looks_like_base64_image
 from pipeline.inputs.formats.tables.columns import is_text
 from pipeline.inputs.formats.tables.texts import escape_texts, not_utf8
@@ -110,11 +110,12 @@ def _usable(
     for index in pc.indices_nonzero(pc.invert(usable)).to_pylist():
         is_null, path = not images[index].is_valid, None if paths is None else paths[index].as_py()
         path = path and path.strip()
-        if path and is_null and options.fetch and index in not_text:
-            statuses[index], errors[index] = Status.REFUSED, not_utf8("the address", path)
-            continue
         if path and is_null and options.fetch:
-            addresses[index] = resolve(path, folder)
+            errors[index] = not_utf8("the address", path) if index in not_text else refusal(path, folder)
+            if errors[index]:
+                statuses[index] = Status.REFUSED
+            else:
+                addresses[index] = resolve(path, folder)
             continue
         statuses[index] = Status.MISSING_IMAGE
         if index in reasons:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.inputs.formats import check_options
-from pipeline.inputs.formats.addresses import folder_of, is_web, resolve, scheme_of
+from pipeline.inputs.formats.addresses import folder_of, is_web, refusal, resolve, scheme_of
 from pipeline.inputs.reader import ADDRESS, ReadOptions
 from pipeline.inputs.shards import Shard
 from tests.unit.inputs.formats.reading_cases import not_utf8, read_rows, shard_at, tar_shard_of
@@ -110,6 +110,8 @@ def test_urls_without_fetch_are_refused_with_the_flag_to_add(tmp_path: Path) -> 
     [
         ("a/../b.jpg", "/data/t", "/data/t/b.jpg"),
         ("../b.jpg", "s3://bucket/t?region=x", "s3://bucket/b.jpg?region=x"),
+        ("../../../c/b.jpg", "webhdfs://host:1/t", "webhdfs://host:1/c/b.jpg"),
+        ("b.jpg", "s3://bucket", "s3://bucket/b.jpg"),
         ("b.jpg", "https://example.com/t", "https://example.com/t/b.jpg"),
         ("/b.jpg", "s3://bucket/t", "/b.jpg"),
         ("gs://x/b.jpg", "s3://bucket/t", "gs://x/b.jpg"),
@@ -120,6 +122,85 @@ def test_relative_paths_are_relative_to_the_folder_of_the_table(
     address: str, folder: str, expected: str
 ) -> None:
     assert resolve(address, folder) == expected
+
+
+ALLOWED = [
+    URL,
+    "data:image/png;base64,AAAA",
+    "a b?.jpg",
+    "/etc/passwd",
+    "file:///a%20b.jpg",
+    "S3://bucket.of.images/a.jpg?region=eu-west-1",
+    "s3://key:secret@bucket/a.jpg",
+    "gs://anonymous@bucket/a.jpg",
+    "hf://datasets/namespace/name@main/a.jpg",
+    "abfs://container@account.dfs.core.windows.net/a.jpg?sv=2026&sig=x%3D",
+    "abfss://container/a.jpg",
+    "az://container/a.jpg",
+]
+REFUSED = [
+    "webhdfs://169.254.169.254/a",
+    "hdfs://169.254.169.254/a",
+    "ftp://10.0.0.1/a",
+    "sftp://10.0.0.1/a",
+    "smb://10.0.0.1/a",
+    "github://a:b@c/d",
+    "local:///etc/passwd",
+    "memory://a",
+    "zip://a.jpg::/b.zip",
+    "zip::http://169.254.169.254/b.zip",
+    "simplecache::http://169.254.169.254/a",
+    "/simplecache::http://169.254.169.254/a",
+    "s3://bucket/a?endpoint_override=http://169.254.169.254",
+    "s3://bucket/a?region=x&%65ndpoint_override=10.0.0.1",
+    "s3://bucket/a?region=10.0.0.1/",
+    "s3://10.0.0.1:80/a",
+    "gs://bucket/a?endpoint_override=10.0.0.1",
+    "hf://datasets/a?endpoint=10.0.0.1",
+    "abfs://10.0.0.1/container/a",
+    "abfs://10%2E0%2E0%2E1/container/a",
+    "abfs://localhost:10000/container/a",
+    "abfs://10.0.0.1%2F@container/a",
+    "abfs://container/a?blob_storage_authority=10.0.0.1",
+]
+
+
+def test_an_address_must_not_lead_to_a_server_of_this_network() -> None:
+    """Its author may be unknown. Only web servers were held to public addresses."""
+    assert [address for address in ALLOWED if refusal(address)] == []
+    assert [address for address in REFUSED if not refusal(address, "/data")] == []
+    reason = refusal("ftp://user:secret@host/a?key=secret")
+    assert reason and reason.endswith("got ftp://host/a") and "secret" not in reason
+
+
+def test_an_address_may_be_in_the_store_of_its_own_file() -> None:
+    folder = "s3://bucket/t?endpoint_override=minio:9000"
+    assert refusal("b.jpg", folder) is None and refusal("/b?.jpg", folder) is None
+    assert "without ?" in str(refusal("b.jpg?endpoint_override=10.0.0.1", folder))
+    assert refusal("b.jpg?w=1", "https://example.com/t") is None
+    assert refusal("hdfs://name:8020/b.jpg", "hdfs://name:8020/t") is None
+    assert refusal("hdfs://other:8020/b.jpg", "hdfs://name:8020/t")
+    assert refusal("hdfs://name:8020/b.jpg?user=x", "hdfs://name:8020/t")
+
+
+def test_a_refused_address_costs_its_own_row(tmp_path: Path) -> None:
+    cells = ["ftp://h/a.jpg", "b.jpg"]
+    structs = [{"bytes": None, "path": cell} for cell in cells]
+    read = [
+        read_rows(table(tmp_path, url=cells), fetch=True)[0],
+        read_rows(table(tmp_path, image=structs), fetch=True)[0],
+        read_rows(
+            tar_shard_of(tmp_path, *((f"{n}.url", cell.encode()) for n, cell in enumerate(cells))),
+            image_column="url",
+            fetch=True,
+        )[0],
+    ]
+    for rows in read:
+        assert [(row["status"], row[ADDRESS]) for row in rows] == [
+            ("refused", None),
+            (None, f"{tmp_path}/b.jpg"),
+        ]
+        assert "got ftp://h/a.jpg" in rows[0]["error"] and rows[1]["error"] is None
 
 
 def test_the_folder_and_the_kind_of_addresses() -> None:

@@ -46,6 +46,12 @@ def test_each_line_of_a_text_is_an_image(tmp_path: Path) -> None:
     assert [row["row"] for row in rows] == [0, 1, 2, 3]
 
 
+def test_a_refused_address_costs_its_own_row(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "list.txt", "simplecache::http://10.0.0.1/a\nb.jpg\n")
+    assert [(row["status"], row[ADDRESS]) for row in rows] == [("refused", None), (None, f"{tmp_path}/b.jpg")]
+    assert "got simplecache::http://10.0.0.1/a" in rows[0]["error"]
+
+
 def test_csv_has_prompts_keys_and_kept_columns(tmp_path: Path) -> None:
     content = '\ufeffid,path,ask,note\n1,a.jpg,"what, ""exactly""?","two\nlines"\n2,b.jpg,,\n3,,x,y\n'
     rows = rows_of(tmp_path / "list.csv", content, key_column="id", prompt_column="ask", keep=("note",))
