@@ -27,7 +27,8 @@ from pipeline.storage.fsspec_errors import MISTAKES, HandlerWithOSErrors
 from pipeline.storage.secrets import hide_secrets, without_secrets
 
 BUCKET_SCHEMES = ("s3", "gs", "gcs")
-ARROW_SCHEMES = ("file", *BUCKET_SCHEMES, "hdfs", "viewfs", "abfs", "abfss")
+AZURE_SCHEMES = ("abfs", "abfss")
+ARROW_SCHEMES = ("file", *BUCKET_SCHEMES, "hdfs", "viewfs", *AZURE_SCHEMES)
 WEB_SCHEMES = ("http", "https")
 ONE_SLASH = re.compile(rf"(?:{'|'.join((*ARROW_SCHEMES, *WEB_SCHEMES, 'az', 'hf'))}):(?=/)")
 """Begins a URI that lacks a slash; it would be a folder below the working folder."""
@@ -72,7 +73,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         if scheme in ARROW_SCHEMES:
             with contextlib.suppress(pa.ArrowNotImplementedError):  # This build of Arrow lacks the scheme.
-                return pafs.FileSystem.from_uri(_with_single_puts(uri) if scheme == "s3" else uri)
+                return _open_in_arrow(scheme, uri)
         filesystem, path = url_to_fs(uri)
         path, query = _split_query(scheme, path)
     except ImportError as error:
@@ -88,6 +89,22 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
             f"{shown} must be a local path, s3://, gs:// or a URI that fsspec knows: {reason}{hint}"
         ) from None
     return pafs.PyFileSystem(HandlerWithOSErrors(filesystem, query)), path
+
+
+def _open_in_arrow(scheme: str, uri: str) -> tuple[pafs.FileSystem, str]:
+    filesystem, path = pafs.FileSystem.from_uri(_with_single_puts(uri) if scheme == "s3" else uri)
+    if scheme in AZURE_SCHEMES and path:
+        try:
+            # Without credentials, Arrow aborts the process when it opens a file. This request only raises.
+            filesystem.get_file_info(join(path, "x"))
+        except OSError:
+            pass  # The credentials are there. Whoever reads a file is told what is wrong, or tries again.
+        except pa.ArrowException as error:
+            raise PermissionError(
+                "no credentials were found; give the machine an identity, or the URI a shared access "
+                f"signature after ? ({' '.join(str(error).split())})"
+            ) from error
+    return filesystem, path
 
 
 def _require_plain_names(uri: str, place: str) -> None:
