@@ -2,6 +2,7 @@
 
 A server that has failed for the whole patience, whatever was asked of it, is left alone for a while: its
 images fail at once, so that a million of them do not hold up the job. `blip2 retry` fetches them again.
+Without patience, each image is asked for once, and one failure says nothing of the others.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Hosts:
             wait_s = max(pause_s, failure.retry_after_s or 0.0)
             if self._clock() + wait_s > started + self._patience_s:
                 final = _after(num_tries, self._clock() - started, failure)
-                if host.answered_at < started:
+                if self._patience_s and host.answered_at < started:
                     host.leave_alone(self._clock() + DOWN_S, final)
                 raise final
             if failure.retry_after_s:

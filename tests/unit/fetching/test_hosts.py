@@ -84,6 +84,14 @@ def test_a_server_that_is_down_is_left_alone_for_a_while() -> None:
         assert asked.fetch(f"{site.url}/b") == b"image"
 
 
+def test_without_patience_each_image_is_asked_for_once() -> None:
+    """One failure left the host alone for a minute."""
+    with web_server({"/bad": [503], "/good": [b"image"]}) as site:
+        asked = hosts(Clock(), patience_s=0.0)
+        assert "status 503" in str(failure(asked, f"{site.url}/bad"))
+        assert asked.fetch(f"{site.url}/good") == b"image"
+
+
 def test_one_image_that_cannot_be_had_does_not_count_against_its_server() -> None:
     clock = Clock()
     with web_server({"/bad": [500], "/good": [b"image"]}) as site:
