@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(?:\.\.(-?\d+))?")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _names(pattern: str, path: str) -> bool:
 
 
 def expand_braces(text: str) -> list[str]:
-    """Write out every `{a,b}` and `{007..123}`, in order. Other braces stay as they are."""
+    """Write out every `{a,b}`, `{007..123}`, `{a..f}` and `{0..10..2}`, in order. Other braces stay."""
     for braces in _BRACES.finditer(text):
         before, after = text[: braces.start()], text[braces.end() :]
         if alternatives := _alternatives(braces[1]):
@@ -51,11 +51,18 @@ def _alternatives(inside: str) -> list[str]:
     found = _RANGE.fullmatch(inside)
     if found is None:
         return inside.split(",") if "," in inside else []
-    first, last = int(found[1]), int(found[2])
-    is_padded = any(text.startswith("0") and len(text) > 1 for text in found.groups())
-    width = max(map(len, found.groups())) if is_padded else 0
-    step = 1 if first <= last else -1
-    return [f"{number:0{width}}" for number in range(first, last + step, step)]
+    ends = (found[1], found[2])
+    are_letters = [text.isalpha() for text in ends]
+    if any(are_letters) and not all(are_letters):
+        return []
+    first, last = map(ord if all(are_letters) else int, ends)
+    step = abs(int(found[3] or 1)) or 1
+    numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+    if all(are_letters):
+        return [chr(number) for number in numbers]
+    is_padded = any(re.match(r"-?0\d", text) for text in ends)
+    width = max(map(len, ends)) if is_padded else 0
+    return [f"{number:0{width}}" for number in numbers]
 
 
 def is_glob(text: str) -> bool:
