@@ -110,7 +110,7 @@ def _usable(
     for index in pc.indices_nonzero(pc.invert(usable)).to_pylist():
         is_null, path = not images[index].is_valid, None if paths is None else paths[index].as_py()
         path = path and path.strip()
-        if path and is_null and options.fetch:
+        if path and options.fetch and not lengths[index].as_py() and index not in reasons:
             errors[index] = not_utf8("the address", path) if index in not_text else refusal(path, folder)
             if errors[index]:
                 statuses[index] = Status.REFUSED

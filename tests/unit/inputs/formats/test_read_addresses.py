@@ -57,11 +57,13 @@ def test_an_address_that_is_not_utf8_costs_its_own_row(tmp_path: Path, in_struct
 
 def test_a_struct_with_bytes_needs_no_address(tmp_path: Path) -> None:
     cells = [{"bytes": b"x", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}, None]
+    cells.append({"bytes": b"", "path": "c.jpg"})
     rows, _ = read_rows(table(tmp_path, image=cells), fetch=True)
     assert [(row["image"], row[ADDRESS]) for row in rows] == [
         (b"x", None),
         (None, f"{tmp_path}/b.jpg"),
         (None, None),
+        (None, f"{tmp_path}/c.jpg"),
     ]
 
 
