@@ -17,16 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, cast
 
-import pyarrow as pa
-
 from pipeline.errors import InputError
+from pipeline.inputs.formats.compressed import XZ_MAGIC, XzStream, ZstdStream, is_zstd
 from pipeline.inputs.shards import Shard
 from pipeline.storage.retrying_file import open_below
 
 BUFFER_BYTES = 4 << 20
 """Read-ahead: bytes per request to an object store, which answers after tens of milliseconds."""
 DECOMPRESSED_BYTES = 64 << 10
-"""Bytes of a zstd stream that are decompressed at once: damage costs the others of its read."""
+"""Bytes of a zstd or xz stream that are decompressed at once: damage costs the others of its read."""
 MAX_PADDING_BYTES = 1 << 20
 """Tars are padded with zeros to 10 KiB, or to a tape's block. More zeros are a file that was never filled."""
 
@@ -64,10 +63,10 @@ def _decompress(file: io.BufferedReader[io.RawIOBase]) -> IO[bytes]:
         return cast(IO[bytes], gzip.GzipFile(fileobj=file))
     if magic.startswith(b"BZh"):
         return bz2.BZ2File(file)
-    if magic.startswith(b"\xfd7zXZ\x00"):
-        return lzma.LZMAFile(file)
-    if magic.startswith(b"\x28\xb5\x2f\xfd"):
-        return cast(IO[bytes], _ForwardStream(pa.CompressedInputStream(file, "zstd")))
+    if magic.startswith(XZ_MAGIC):
+        return cast(IO[bytes], _ForwardStream(XzStream(file)))
+    if is_zstd(magic):
+        return cast(IO[bytes], _ForwardStream(ZstdStream(file)))
     return file
 
 
@@ -77,8 +76,8 @@ class _ForwardStream:
     That is all that reading a tar in order needs: members without an ending are read again after their head.
     """
 
-    def __init__(self, stream: pa.NativeFile) -> None:
-        self._stream = io.BufferedReader(cast(io.RawIOBase, stream), DECOMPRESSED_BYTES)
+    def __init__(self, stream: io.RawIOBase) -> None:
+        self._stream = io.BufferedReader(stream, DECOMPRESSED_BYTES)
         self._position = 0
         self._last, self._again = b"", b""
         """What was read last, and what of it is read again."""

@@ -72,6 +72,34 @@ def test_a_tar_of_several_gzip_members_is_read_to_its_end(tmp_path):
     assert len(rows) == 6 and report.complete
 
 
+SKIPPABLE = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+
+
+@pytest.mark.parametrize(("kind", "between"), [("xz", bytes(8)), ("zst", bytes(8)), ("zst", SKIPPABLE)])
+def test_padding_and_skippable_frames_are_no_damage(tmp_path, kind, between):
+    """Rows before the padding of a zstd tar were lost, and a padded xz tar was taken for a cut one."""
+    plain = tar_bytes((f"{row:02}.jpg", bytes([row]) * 5000) for row in range(30))
+    parts = [
+        lzma.compress(part) if kind == "xz" else pa.compress(part, "zstd", asbytes=True)
+        for part in (plain[:70_000], plain[70_000:])
+    ]
+    for content in (b"".join(parts) + between * 300, between.join(parts)):
+        rows, report = read_rows(write_tar_shard(tmp_path, content))
+        assert (len(rows), report.complete) == (30, True), report.reason
+    if between == SKIPPABLE:
+        rows, report = read_rows(write_tar_shard(tmp_path, between + b"".join(parts)))
+        assert (len(rows), report.complete) == (30, True), report.reason
+
+
+def test_what_follows_a_zstd_tar_costs_no_rows(tmp_path):
+    plain = tar_bytes((f"{row:02}.jpg", bytes([row]) * 5000) for row in range(30))
+    rows, report = read_rows(
+        write_tar_shard(tmp_path, pa.compress(plain, "zstd", asbytes=True) + b"other data")
+    )
+    assert (len(rows), report.complete) == (30, False)
+    assert "after the end of a zstd frame" in str(report.reason)
+
+
 @pytest.fixture(scope="module")
 def cuts(tmp_path_factory):
     return tmp_path_factory.mktemp("cuts")
