@@ -41,7 +41,7 @@ class Destination:
         """Begin an export in a folder that is new or empty, or go on with the same one.
 
         Raises:
-            ValueError: the folder holds something else.
+            ValueError: the folder holds something else, or two shards would have the same name in it.
             OSError: the folder cannot be written.
         """
         root = Path(into).expanduser()
@@ -64,6 +64,7 @@ class Destination:
                 f"into must be a new or empty folder, got {into} with other files; give another --into"
             )
         destination = cls(root, to, source)
+        destination.require_distinct_names()
         (root / STATE).mkdir(parents=True, exist_ok=True)
         _replace(stored, json.dumps(record))
         return destination
@@ -84,6 +85,17 @@ class Destination:
         """Return the name of what a shard becomes."""
         suffix = SUFFIXES[self.to]
         return shard if suffix and shard.endswith(suffix) else shard + suffix
+
+    def require_distinct_names(self) -> None:
+        """Raise ValueError if one shard would replace what another one becomes."""
+        names: dict[str, str] = {}
+        for shard in self.source.run.shards:
+            other = names.setdefault(self.name_of(shard.name), shard.name)
+            if other != shard.name:
+                raise ValueError(
+                    f"to must be a format in which no two shards have one name, got {self.to}: {other} and "
+                    f"{shard.name} would both be {self.name_of(shard.name)}; choose another format"
+                )
 
     def is_up_to_date(self, shard: str) -> bool:
         """Return whether a shard was exported, and its rows are the same since."""

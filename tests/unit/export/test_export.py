@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import duckdb
@@ -21,6 +22,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from pipeline.cli.main import main
 from pipeline.export import image_rows
+from pipeline.export.destination import Destination
 from pipeline.export.imagefolder import PART, write_imagefolder
 from pipeline.export.webdataset import sample_key
 from pipeline.fetching.images_of_rows import read_images
@@ -401,3 +403,13 @@ def test_a_whole_export_needs_no_ray(run, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path):
+    """The second one replaced the first: its rows were in no file. `--format webdataset` reads both."""
+    source: Any = SimpleNamespace(
+        run=SimpleNamespace(shards=[SimpleNamespace(name=n) for n in ("a", "a.tar")])
+    )
+    Destination(tmp_path, "csv", source).require_distinct_names()
+    with pytest.raises(ValueError, match=r"a and a\.tar would both be a\.tar; choose another format"):
+        Destination(tmp_path, "webdataset", source).require_distinct_names()
