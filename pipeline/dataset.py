@@ -12,6 +12,7 @@ from ray.data import Dataset, Schema
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits
 from pipeline.column_names import refuse_taken_names
 from pipeline.fetching.fetch_settings import FetchSettings
+from pipeline.inputs.reader import ADDRESS
 from pipeline.placement.cluster import look_at_cluster
 from pipeline.placement.own_accelerator import use_own_accelerator
 from pipeline.placement.reservations import reserve, resolve_engine
@@ -173,4 +174,4 @@ def _check_columns(schema: Schema | None, spec: CaptionSpec) -> None:
                 require_text(argument, name, types[name])
     spec.outputs.refuse_taken(columns)
     added = [field.name for field in spec.result_fields]
-    refuse_taken_names(columns, [*added, PIXELS, TRUNCATED], "dataset")
+    refuse_taken_names(columns, [*added, PIXELS, TRUNCATED, ADDRESS], "dataset")

@@ -82,7 +82,7 @@ class Checkpoint:
         if self.is_retrieval:
             raise ValueError(
                 f"the model must have a language model, got {RETRIEVAL} in {self.folder}; "
-                "as score_model, or in Python by MatchingConfig, it scores images and texts"
+                "give it as score_model (in Python: MatchingConfig) to score images and texts"
             )
         text = config.text_config
         if text.model_type not in ("opt", "t5"):
@@ -112,8 +112,8 @@ class Checkpoint:
         config = self._any_config
         if not self.is_retrieval:
             raise ValueError(
-                f"the model must be a {RETRIEVAL}, got {', '.join(config.architectures or ['another'])} in "
-                f"{self.folder}; one that writes text scores without score_model (in Python, by EngineConfig)"
+                f"the model must be a {RETRIEVAL}, got {', '.join(config.architectures or ['none'])} in "
+                f"{self.folder}; one that writes text is used without score_model (in Python: EngineConfig)"
             )
         require_vocabulary(self.folder, "bert", config.qformer_config.vocab_size, ())
         return config

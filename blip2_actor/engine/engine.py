@@ -146,9 +146,9 @@ class Engine:
         The other arguments are those of `generate`.
 
         Args:
-            on_text: called in the engine's thread with the whole text so far, whenever it has grown; it must
-                return at once. If it raises, the error is logged and it is not called again. Never called for
-                several beams or texts.
+            on_text: called in the engine's thread with the whole text so far, whenever it has grown; the last
+                characters of the result may be missing. It must return at once. If it raises, the error is
+                logged and it is not called again. Never called for several beams or texts.
 
         Raises:
             RuntimeError: the engine is closed, or has failed.

@@ -44,7 +44,7 @@ class TextSearch:
         Args:
             prefix_ids: ids that the reference's logits processors see before the first new token.
             seed: of this text's random numbers; None is greedy search.
-            on_token: called with all new tokens, after each of them, but not when `repeat` takes it again.
+            on_token: called with all new tokens, after each of them that is not taken again by `repeat`.
             processor: the request's own logits processor.
         """
         self.options = options

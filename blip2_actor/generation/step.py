@@ -106,7 +106,7 @@ def _advance_texts(logits: Tensor, logprobs: Tensor, texts: TextRows) -> None:
     token_ids, token_logprobs = _to_host(next_ids, logprobs)
     _replace_early_ends(logits, logprobs, texts, token_ids, token_logprobs)
     for search, row in processed:
-        if token_logprobs[row] == inf and search.error is None:
+        if token_logprobs[row] == inf and search.error is None and not search.repeats:
             search.fail(NO_TOKEN)
     for search, row in texts:
         if search.error is None:
@@ -125,7 +125,8 @@ def _select_processed(logits: Tensor, logprobs: Tensor, next_ids: Tensor, texts:
     sequences = [sequence for search in searches for sequence in search.sequences()]
     process_logits(scores, sequences, sorted(searches[0].vocabulary.end_ids))
     for row, search in enumerate(searches):
-        _run_own_processor(search, scores, slice(row, row + 1))
+        if not search.repeats:  # a known token has had its call
+            _run_own_processor(search, scores, slice(row, row + 1))
     uniforms = [search.random.random() for search in searches if search.random is not None]
     num_sampled = len(uniforms)
     if num_sampled:

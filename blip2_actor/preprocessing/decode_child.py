@@ -59,7 +59,8 @@ def _discard_output() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    os.close(null)
+    if null > 2:  # else it is itself the missing standard error
+        os.close(null)
 
 
 def _apply(limits: ImageLimits) -> None:

@@ -44,7 +44,7 @@ class GuardedConnection(HttpToolsProtocol):
     headers in the same piece."""
     _has_headers = False
     _cycle_before: RequestResponseCycle
-    """That of the request before the one of `cycle`; None if that is the first."""
+    """The cycle before `cycle`; None before the second request."""
     _is_last = False
     """Nothing more is read; the connection ends after the answers that are under way."""
     _num_discarded = 0

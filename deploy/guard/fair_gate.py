@@ -104,7 +104,7 @@ class FairGate:
         return waiting
 
     def _forget(self, waiting: _Waiting) -> None:
-        """Remove a request that has given up; what comes next from its flow does not wait for it."""
+        """Remove a request that has given up; of its flow, only what still waits holds up the next one."""
         self._waiting.remove(waiting)
         stamps = (each.stamp for each in self._waiting if each.flow == waiting.flow)
         self._stamps[waiting.flow] = max(stamps, default=0.0)

@@ -57,7 +57,7 @@ def head_of(filesystem: pafs.FileSystem, path: str) -> bytes:
     try:
         with open_input(filesystem, path) as file:
             return file.read(HEAD_BYTES) or b""
-    except pa.ArrowException:  # a name that Arrow does not open, such as one with an empty part
+    except pa.ArrowInvalid:  # a name that Arrow does not open, such as one with an empty part
         return b""
     except OSError as error:
         if isinstance(filesystem, pafs.LocalFileSystem) or is_final(error):

@@ -156,9 +156,9 @@ def _address(text: str) -> Address | DecodedImage:
 
 def _read_struct(value: dict[str, Any] | None) -> bytes | Address | DecodedImage | None:
     """Return the bytes of a struct, or the address that it names."""
-    if value is None or value.get("bytes") is not None or value.get("path") is None:
+    if value is None or value.get("bytes") or not isinstance(value.get("path"), str):
         return None if value is None else value.get("bytes")
-    return _address(value["path"])
+    return _address(value["path"].strip())
 
 
 def _require_image(cell: Any) -> Cell | Address:

@@ -93,10 +93,13 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 def _open_in_arrow(scheme: str, uri: str) -> tuple[pafs.FileSystem, str]:
     filesystem, path = pafs.FileSystem.from_uri(_with_single_puts(uri) if scheme == "s3" else uri)
-    if scheme in AZURE_SCHEMES and path:
+    if scheme in AZURE_SCHEMES:
+        path = path.lstrip("/")  # With an account as the host, Arrow returns a path that it does not take.
         try:
             # Without credentials, Arrow aborts the process when it opens a file. This request only raises.
-            filesystem.get_file_info(join(path, "x"))
+            filesystem.get_file_info(join(path or "x", "x"))
+        except pa.ArrowInvalid:
+            raise
         except OSError:
             pass  # The credentials are there. Whoever reads a file is told what is wrong, or tries again.
         except pa.ArrowException as error:

@@ -63,7 +63,7 @@ def _oserror(error: Exception) -> OSError:
         return PermissionError(text)
     if isinstance(error, OSError) and hide_secrets(str(error)) == str(error):
         return error
-    if type(error).__name__ in NAME_ERRORS or NAME_REASON in text:
+    if NAME_REASON in text or any(kind.__name__ in NAME_ERRORS for kind in type(error).__mro__):
         return InvalidArgument(f"{type(error).__name__}: {text}")
     return OSError(f"{type(error).__name__}: {text}")
 

@@ -12,12 +12,12 @@ import posixpath
 import re
 from urllib.parse import parse_qsl
 
-from pipeline.storage.filesystems import WEB_SCHEMES
+from pipeline.storage.filesystems import ARROW_SCHEMES, WEB_SCHEMES
 from pipeline.storage.secrets import hide_secrets
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _BUCKET = re.compile(r"([^/@]*@)?[\w.-]+", re.ASCII)
-_AZURE = re.compile(r"([\w$-]+@)?[\w$-]+(\.(blob|dfs)\.core\.windows\.net)?", re.ASCII)
+_AZURE = re.compile(r"([\w$-]+@)?[\w$-]+(\.(blob|dfs)\.core\.windows\.net)?", re.ASCII | re.IGNORECASE)
 """A container, an account, or both. Arrow takes any other host for a server of its own."""
 _STORES = dict.fromkeys(("s3", "gs", "gcs", "hf"), _BUCKET) | dict.fromkeys(("abfs", "abfss", "az"), _AZURE)
 """Stores whose servers an address cannot choose, and what may stand for a bucket in it."""
@@ -55,18 +55,20 @@ def refusal(address: str, folder: str = "") -> str | None:
         return None
     if not scheme and "://" not in address:
         if mark and "://" in folder and not (is_web(folder) or address.startswith("/")):
-            return f"a path in a store must be without ?, got {address[:200]!r}; write %3F for each ?"
+            hint = "; write %3F for each ?" if scheme_of(folder) in ARROW_SCHEMES else ""
+            return f"a path in a store must be without ?, got {address[:200]!r}{hint}"
         return None
-    if scheme and not mark and _store_of(address) == _store_of(folder):
+    if scheme and not mark and "::" not in address and _store_of(address) == _store_of(folder):
         return None
     names = _STORES.get(scheme)
-    if names is not None and names.fullmatch(_store_of(place)[1]):
+    if names is not None and "::" not in address and names.fullmatch(_store_of(place)[1]):
         given = parse_qsl(options, keep_blank_values=True)
         if all(_names_no_server(scheme, option, value) for option, value in given):
             return None
     return (
-        "the address must be an http or https URL, a path, or a URI of s3, gs, abfs, az or hf without an "
-        f"option that names a server, got {hide_secrets(address)[:200]}"
+        "the address must be a path, an http or https URL, a URI in the store of its table, or one of s3, "
+        "gs, abfs, az or hf with no option but region (s3) or a signature (abfs), "
+        f"got {hide_secrets(address)[:200]}"
     )
 
 

@@ -30,7 +30,7 @@ def _is_skippable(magic: bytes) -> bool:
 
 
 class XzStream(io.RawIOBase):
-    """The content of streams of xz; what follows them, and is no stream, is left out."""
+    """The content of streams of xz."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -45,6 +45,10 @@ class XzStream(io.RawIOBase):
         while not self._is_end:
             if self._decompressor is None or self._decompressor.eof:
                 self._begin_stream()
+                if self._is_end and self._next:
+                    raise OSError(
+                        "the file is damaged after the end of an xz stream; what follows was not read"
+                    )
                 continue
             given = self._next
             if self._decompressor.needs_input and not given:
@@ -70,7 +74,7 @@ class XzStream(io.RawIOBase):
 class ZstdStream(io.RawIOBase):
     """The content of frames of zstd."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: io.BufferedReader[Any]) -> None:
         self._frames = _Frames(file)
         self._stream = pa.CompressedInputStream(io.BufferedReader(self._frames, READ_BYTES), "zstd")
 
@@ -87,7 +91,7 @@ class ZstdStream(io.RawIOBase):
 class _Frames(io.RawIOBase):
     """The frames of a file with content, as they are stored."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: io.BufferedReader[Any]) -> None:
         self._file = file
         self._part = b""
         self._parts = self._read_parts()
@@ -105,7 +109,13 @@ class _Frames(io.RawIOBase):
 
     def _read_parts(self) -> Iterator[bytes]:
         while magic := self._file.read(4):
-            if magic == ZSTD_MAGIC:
+            if magic == bytes(4):
+                while ahead := self._file.peek():
+                    num_zeros = len(ahead) - len(ahead.lstrip(b"\0"))
+                    if not num_zeros:
+                        break
+                    self._file.read(num_zeros)
+            elif magic == ZSTD_MAGIC:
                 yield magic
                 yield from self._read_frame()
             elif _is_skippable(magic):

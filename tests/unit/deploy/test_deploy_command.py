@@ -76,7 +76,7 @@ def test_token_ids_that_the_model_does_not_have_are_refused(free_port: int, caps
 def test_a_score_model_that_writes_text_is_refused_in_words_of_flags(free_port: int, capsys) -> None:
     """The message named classes of Python alone."""
     assert main(["--model", "demo", "--score-model", "demo", "--port", str(free_port)]) == 3
-    assert "one that writes text scores without --score-model" in capsys.readouterr().err
+    assert "one that writes text is used without --score-model" in capsys.readouterr().err
 
 
 def test_a_ray_that_does_not_start_is_one_sentence_and_status_1(

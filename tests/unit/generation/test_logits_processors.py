@@ -12,6 +12,7 @@ from blip2_actor import GenerationOptions
 from blip2_actor.generation import step
 from blip2_actor.generation.beam_search import BeamSearch, Candidate
 from blip2_actor.generation.logits_processors import SequenceSoFar, process_logits
+from blip2_actor.generation.search import TextSearch
 
 NUM_TOKENS = 12
 
@@ -68,3 +69,23 @@ def test_the_scores_that_a_processor_keeps_do_not_change() -> None:
         step.advance(logits, [(search, [0, 1])])
     for scores in kept:
         torch.testing.assert_close(scores, logits.log_softmax(-1), rtol=0, atol=0)
+
+
+def test_a_text_that_begins_again_asks_a_processor_once_for_each_token() -> None:
+    """One that plans a text would be behind its plan, and one that fails later would take tokens back."""
+    options = GenerationOptions(max_new_tokens=6).resolve()
+    plan = iter(range(3, 9))
+
+    def follow(token_ids: Tensor, scores: Tensor) -> Tensor:
+        only = torch.full_like(scores, -math.inf)
+        only[:, next(plan)] = 0.0
+        return only
+
+    text, again = (TextSearch(options, [0], Vocabulary(2), processor=follow) for _ in range(2))
+    logits = torch.zeros(1, NUM_TOKENS)
+    for _ in range(4):
+        step.advance(logits, [(text, [0])])
+    again.repeat(text)
+    while not again.done:
+        step.advance(logits, [(again, [0])])
+    assert (again.token_ids, again.error) == ([3, 4, 5, 6, 7, 8], None)

@@ -71,13 +71,20 @@ def test_a_uri_that_cannot_be_opened_is_refused_with_the_remedy(uri, message, tm
         open_filesystem(uri)
 
 
-@pytest.mark.parametrize("place", ["x@a.dfs.core.windows.net", "x@a.dfs.core.windows.net/y", "a@x/y"])
+@pytest.mark.parametrize(
+    "place", ["a.dfs.core.windows.net", "x@a.dfs.core.windows.net", "x@a.dfs.core.windows.net/y", "a@x/y"]
+)
 def test_azure_without_credentials_is_refused(place, monkeypatch):
     """Arrow ended the process, without an exception, when it opened a file or looked at a container."""
     for name in ("AZURE_TENANT_ID", "AZURE_CLIENT_ID", "AZURE_CLIENT_SECRET"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match=rf"^abfs://{place} cannot be reached: no credentials were found"):
         open_filesystem(f"abfs://{place}?credential_kind=environment")
+
+
+def test_an_account_of_azure_as_the_host_gives_paths_that_arrow_takes():
+    options = "?credential_kind=anonymous"
+    assert open_filesystem(f"abfs://a.dfs.core.windows.net/c/x{options}")[1] == "c/x"
 
 
 def test_slashes_at_the_end_of_a_bucket_and_a_folder_are_no_names():

@@ -81,18 +81,13 @@ def records(file: IO[bytes], kind: Kind, start: int = 0) -> Iterator[tuple[int, 
         if in_quotes:
             continue
         record = b"".join(lines)
-        if not _is_blank(record, kind):
+        if record.strip():
             yield position, record
         num_bytes = 0
         lines.clear()
     record = b"".join(lines)
-    if not _is_blank(record, kind):
+    if record.strip():
         yield position, record
-
-
-def _is_blank(record: bytes, kind: Kind) -> bool:
-    """Return whether a record has nothing in it; in TSV, tabs are fields."""
-    return not record.strip(b" \r\n" if kind == "tsv" else None)
 
 
 def _ends_in_quotes(text: bytes, kind: Kind, starts_in_quotes: bool = False) -> bool:

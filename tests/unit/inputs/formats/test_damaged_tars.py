@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -75,7 +76,7 @@ def test_a_tar_of_several_gzip_members_is_read_to_its_end(tmp_path):
 SKIPPABLE = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
 
 
-@pytest.mark.parametrize(("kind", "between"), [("xz", bytes(8)), ("zst", bytes(8)), ("zst", SKIPPABLE)])
+@pytest.mark.parametrize(("kind", "between"), [("xz", bytes(8)), ("zst", bytes(7)), ("zst", SKIPPABLE)])
 def test_padding_and_skippable_frames_are_no_damage(tmp_path, kind, between):
     """Rows before the padding of a zstd tar were lost, and a padded xz tar was taken for a cut one."""
     plain = tar_bytes((f"{row:02}.jpg", bytes([row]) * 5000) for row in range(30))
@@ -91,13 +92,16 @@ def test_padding_and_skippable_frames_are_no_damage(tmp_path, kind, between):
         assert (len(rows), report.complete) == (30, True), report.reason
 
 
-def test_what_follows_a_zstd_tar_costs_no_rows(tmp_path):
+@pytest.mark.parametrize(
+    ("compress", "what"),
+    [(partial(pa.compress, codec="zstd", asbytes=True), "a zstd frame"), (lzma.compress, "an xz stream")],
+)
+@pytest.mark.parametrize("zeros", [0, 7])
+def test_what_follows_a_compressed_tar_costs_no_rows(tmp_path, compress, what, zeros):
     plain = tar_bytes((f"{row:02}.jpg", bytes([row]) * 5000) for row in range(30))
-    rows, report = read_rows(
-        write_tar_shard(tmp_path, pa.compress(plain, "zstd", asbytes=True) + b"other data")
-    )
+    rows, report = read_rows(write_tar_shard(tmp_path, compress(plain) + bytes(zeros) + b"other data"))
     assert (len(rows), report.complete) == (30, False)
-    assert "after the end of a zstd frame" in str(report.reason)
+    assert f"after the end of {what}" in str(report.reason)
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,6 @@ def test_each_line_of_a_text_is_an_image(tmp_path: Path) -> None:
     assert [row["row"] for row in rows] == [0, 1, 2, 3]
 
 
-def test_a_line_of_tabs_is_a_record_of_empty_fields(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path / "list.tsv", "file_name\tnote\na.jpg\tx\n\t\n\n \r\nb.jpg\ty\n\t")
-    assert [row["status"] for row in rows] == [None, "missing_image", None, "missing_image"]
-
-
 def test_a_refused_address_costs_its_own_row(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "list.txt", "simplecache::http://10.0.0.1/a\nb.jpg\n")
     assert [(row["status"], row[ADDRESS]) for row in rows] == [("refused", None), (None, f"{tmp_path}/b.jpg")]
