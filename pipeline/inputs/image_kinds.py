@@ -57,10 +57,10 @@ def head_of(filesystem: pafs.FileSystem, path: str) -> bytes:
     try:
         with open_input(filesystem, path) as file:
             return file.read(HEAD_BYTES) or b""
-    except pa.ArrowInvalid:  # a name that Arrow does not open, such as one with an empty part
+    except pa.ArrowInvalid:  # The store's client takes no such name, such as one with an empty part.
         return b""
-    except OSError as error:
-        if isinstance(filesystem, pafs.LocalFileSystem) or is_final(error):
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and (isinstance(filesystem, pafs.LocalFileSystem) or is_final(error)):
             return b""
         raise InputError(f"{path} cannot be read, whose name does not tell its format: {error}") from error
 

@@ -80,7 +80,7 @@ def _reason(done: Reconciliation, settings: CaptionSettings) -> str | None:
 
 
 def _percent(fraction: float) -> str:
-    """Format a fraction with two digits after the point, or with two digits if those would be zeros."""
+    """Format a fraction with two digits, but not two zeros; 100% is all, and nearly all is 99.99%."""
     percent = 100 * fraction if fraction == 1 else min(100 * fraction, 99.99)
     text = f"{percent:.2f}" if percent >= 0.01 else f"{Decimal(f'{percent:.2g}'):f}"
     return f"{text.rstrip('0').rstrip('.')}%"

@@ -405,8 +405,12 @@ def test_a_whole_export_needs_no_ray(run, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_two_shards_of_one_name_are_refused(tmp_path):
+def test_two_shards_of_one_name_are_refused(run, tmp_path, monkeypatch, capsys):
     """The second one replaced the first: its rows were in no file. `--format webdataset` reads both."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Destination, "name_of", lambda self, shard: "one")
+        assert export(run[0], "csv", tmp_path / "into") == 3
+    assert "would both be one; choose another format" in capsys.readouterr().err
     source: Any = SimpleNamespace(
         run=SimpleNamespace(shards=[SimpleNamespace(name=n) for n in ("a", "a.tar")])
     )

@@ -163,7 +163,9 @@ def test_images_without_an_ending_are_recognized_by_their_content(tmp_path):
     ("error", "outcome"),
     [
         (OSError("AWS Error SLOW_DOWN"), pytest.raises(InputError, match="0 cannot be read, whose name")),
+        (pa.ArrowException("Unknown error: Authentication"), pytest.raises(InputError, match="0 cannot be")),
         (PermissionError("AWS Error ACCESS_DENIED"), nullcontext()),
+        (pa.ArrowInvalid("Empty path component"), nullcontext()),
     ],
 )
 def test_an_image_without_an_ending_is_not_left_out_because_a_store_fails(

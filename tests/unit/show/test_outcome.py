@@ -26,7 +26,14 @@ from tests.unit.show.test_show import write_output
 
 @pytest.mark.parametrize(
     ("fraction", "text"),
-    [(0.2, "20%"), (0.9996, "99.96%"), (0.12344, "12.34%"), (3e-8, "0.000003%"), (1, "100%")],
+    [
+        (0.2, "20%"),
+        (0.9996, "99.96%"),
+        (0.12344, "12.34%"),
+        (3e-8, "0.000003%"),
+        (0.99999, "99.99%"),
+        (1, "100%"),
+    ],
 )
 def test_percentages_have_the_digits_that_matter(fraction, text):
     assert outcome._percent(fraction) == text

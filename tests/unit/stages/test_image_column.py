@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray, ArrowVariableShapedTensorArray
 
-from blip2_actor import DecodedImage
+from blip2_actor import DecodedImage, Status
 from pipeline.stages.image_column import Address, digest_of, read_images, require_images, require_text
 
 GRAY = np.arange(6, dtype=np.uint8).reshape(2, 3)
@@ -130,3 +130,16 @@ def test_the_digest_of_an_image_with_a_palette_is_of_its_colors():
     red.putpalette([255, 0, 0])
     green.putpalette([0, 255, 0])
     assert digest_of(red) != digest_of(green) == digest_of(green.copy())
+
+
+def test_the_path_of_a_struct_is_used_if_there_are_no_bytes():
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = [
+        {"bytes": b"abc", "path": "a.jpg"},
+        {"bytes": b"", "path": " https://e.com/a.jpg "},
+        {"bytes": None, "path": "webhdfs://10.0.0.1/a"},
+        {"bytes": b"", "path": None},
+    ]
+    first, second, third, fourth = read_images(pa.chunked_array([pa.array(cells, kind)]))
+    assert (first, second, fourth) == (b"abc", Address("https://e.com/a.jpg"), b"")
+    assert isinstance(third, DecodedImage) and third.status is Status.REFUSED

@@ -191,7 +191,7 @@ def test_a_caller_does_not_wait_for_what_it_has_given_up() -> None:
     asyncio.run(run())
 
 
-def test_giving_up_keeps_the_order_of_a_callers_requests_and_gains_no_turn() -> None:
+def test_giving_up_keeps_the_order_of_a_callers_requests() -> None:
     async def run() -> None:
         line = Line(FairGate(1, small_work=SMALL))
         await line.ask("running", LARGE, caller="a")

@@ -158,6 +158,7 @@ REFUSED = [
     "s3://bucket/a?region=10.0.0.1/",
     "s3://10.0.0.1:80/a",
     "gs://bucket/a?endpoint_override=10.0.0.1",
+    "hf://datasets/a/b::http://10.0.0.1/a",
     "hf://datasets/a?endpoint=10.0.0.1",
     "abfs://10.0.0.1/container/a",
     "abfs://10%2E0%2E0%2E1/container/a",
