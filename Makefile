@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow lowest cluster lint types docs coverage chaos pages picture wheel ci clean
+.PHONY: help install demo test slow kernels lowest cluster lint types docs coverage chaos pages picture wheel ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,14 @@ test: $(STAMP)  ## run the default suite: unit, parity, contracts, integration
 
 slow: $(STAMP)  ## run the tests that the default suite leaves to continuous integration
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m slow
+
+# In a folder of its own, so that the other tests run without triton, as users do whose torch is for CPUs.
+build/triton: deploy/constraints-cuda.txt | $(STAMP)
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ -c $< triton
+
+kernels: build/triton  ## run the kernels for a GPU in triton's interpreter, on a CPU
+	PYTHONPATH=build/triton $(BIN)/python -m pytest --numprocesses=2 tests/kernels
 
 # torch is the one of constraints.txt. One file is left out because schemathesis does not fit the oldest packages, and one
 # test because older versions of transformers import torch's compiler.
@@ -77,7 +85,7 @@ wheel: $(STAMP)  ## build dist/*.whl and run its demonstration in a fresh enviro
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 	$(BIN)/python -m tests.contracts.installed_wheel dist/*.whl
 
-ci: lint types docs test slow pages  ## run what continuous integration runs
+ci: lint types docs test slow kernels pages  ## run what continuous integration runs
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info demo_output .coverage

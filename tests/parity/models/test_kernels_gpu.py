@@ -1,4 +1,4 @@
-"""The kernels for a GPU, against their formulas in float64."""
+"""The kernels of this package are compiled for a GPU, and a layer in fp8 uses them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from blip2_actor.models import residual, vision
+from blip2_actor.models.kv_cache import KVCache
 from blip2_actor.models.layers import Linear
 from blip2_actor.quantization.row_scaled import FP8, RowScaledWeight
 
@@ -17,7 +17,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
-TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -27,23 +26,13 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def assert_near(found: Tensor, expected: Tensor) -> None:
-    tolerance = TOLERANCES[found.dtype]
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("num_positions", [257, 256, 145, 577, 197, 17])
-@pytest.mark.parametrize("width", [88, 64, 24])
-def test_every_position_attends_to_all(width: int, num_positions: int, dtype: torch.dtype) -> None:
-    """257 positions are those of the published models; 88 is the width of their heads."""
-    kernel = vision._find_kernel(torch.device("cuda", 0), dtype, num_positions, 3 * 5 * width, 5)
-    assert kernel is not None, "it cannot be compiled here"
-    qkv = (2 * torch.randn(3, num_positions, 3 * 5 * width, device="cuda")).to(dtype)
-    query, key, value = (x.unflatten(-1, (5, -1)).transpose(1, 2) for x in qkv.double().chunk(3, -1))
-    expected = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    assert_near(kernel(qkv, 5), expected)
-    assert_near(vision._attend_to_all(qkv, 5), expected)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_can_be_compiled(dtype: torch.dtype) -> None:
+    """With the shapes of the published models; `tests/kernels` compares the results."""
+    device = torch.device("cuda", 0)
+    assert vision._find_kernel(device, dtype, 257, 3 * 1408, 16) is not None
+    assert residual._find_kernel(device, dtype) is not None
+    assert KVCache(2, 9, 70, 2560, device, dtype).reads_counts
 
 
 def norm_of(width: int, dtype: torch.dtype, has_bias: bool) -> nn.LayerNorm:
@@ -51,18 +40,6 @@ def norm_of(width: int, dtype: torch.dtype, has_bias: bool) -> nn.LayerNorm:
     for parameter in norm.parameters():
         parameter.normal_()
     return norm
-
-
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("width", [16, 96, 1408, 2560])
-def test_a_sum_and_its_norm(width: int, dtype: torch.dtype, has_bias: bool) -> None:
-    assert residual._find_kernel(torch.device("cuda", 0), dtype) is not None, "it cannot be compiled here"
-    norm = norm_of(width, dtype, has_bias)
-    hidden, update = (torch.randn(3, 7, width, device="cuda").to(dtype) for _ in range(2))
-    total, normed = residual.normalize(norm, hidden, update)
-    assert torch.equal(total, hidden + update)
-    assert_near(normed, norm.double()(total.double()))
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
