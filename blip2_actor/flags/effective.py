@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from blip2_actor.flags.config_file import as_words
-from blip2_actor.flags.fields import defaults_of
+from blip2_actor.flags.fields import default_of, flag_fields
 from blip2_actor.flags.values import Switch
 
 DEFAULT = "default"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class EffectiveSetting:
     """The value of one flag."""
 
@@ -35,12 +35,14 @@ def effective_settings(given: argparse.Namespace, cls: type) -> list[EffectiveSe
     """
     actions = {action.dest: action for action in given.parser._actions}
     settings = []
-    for name, default in defaults_of(cls):
+    for name, field in flag_fields(cls):
         if name in actions:  # otherwise it has no effect in this command
             flag = next(text for text in actions[name].option_strings if text.startswith("--"))
+            default = default_of(field)
+            value = getattr(given, name, None if default is dataclasses.MISSING else default)
             source = given.sources.get(name, DEFAULT)
             is_switch = isinstance(actions[name], Switch)
-            settings.append(EffectiveSetting(flag, getattr(given, name, default), source, is_switch))
+            settings.append(EffectiveSetting(flag, value, source, is_switch))
     return settings
 
 

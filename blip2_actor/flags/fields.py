@@ -31,17 +31,15 @@ def add_flags(
         without: names of fields that get no flag.
         prefix: begins the name of each flag.
     """
-    hints = typing.get_type_hints(cls)
     help_of = field_docs(cls)
-    for field in _flag_fields(cls):
+    for field, hint in _fields(cls):
         if field.name in without:
             continue
-        hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             group = parser.add_argument_group(help_of[field.name])
             add_flags(group, typing.cast(type, hint), _hidden(field), _prefix(field))
             continue
-        default = field.metadata.get("resolved_default", field.default)
+        default = default_of(field)
         help_text = with_flags(help_of[field.name], cls, prefix)
         if hint is not bool and default not in (None, (), "", dataclasses.MISSING):
             help_text += f" (default: {shown(default)})"
@@ -65,10 +63,8 @@ def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
     Raises:
         ValueError: values contradict each other, or one is out of range; the message names flags.
     """
-    hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
-    for field in _flag_fields(cls):
-        hint = hints[field.name]
+    for field, hint in _fields(cls):
         if dataclasses.is_dataclass(hint):
             values[field.name] = build(typing.cast(type, hint), given, _prefix(field))
         elif prefix + field.name in given:
@@ -80,17 +76,22 @@ def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
         raise ValueError(with_flags(str(error), cls, prefix)) from None
 
 
-def defaults_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the name of each flag's field, as `build` takes it, and its default; None if it has none."""
-    hints = typing.get_type_hints(cls)
-    for field in _flag_fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            inside = defaults_of(typing.cast(type, hints[field.name]), _prefix(field))
-            hidden = {_prefix(field) + name for name in _hidden(field)}
-            yield from ((name, default) for name, default in inside if name not in hidden)
+def flag_fields(
+    cls: type, prefix: str = "", without: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Yield each field with a flag, also of the dataclasses inside, with its name as `build` takes it."""
+    for field, hint in _fields(cls):
+        if field.name in without:
+            continue
+        if dataclasses.is_dataclass(hint):
+            yield from flag_fields(typing.cast(type, hint), _prefix(field), _hidden(field))
         else:
-            default = field.metadata.get("resolved_default", field.default)
-            yield prefix + field.name, None if default is dataclasses.MISSING else default
+            yield prefix + field.name, field
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return the default that a flag's help shows; `dataclasses.MISSING` for a required flag."""
+    return field.metadata.get("resolved_default", field.default)
 
 
 def with_flags(text: str, cls: type, prefix: str = "") -> str:
@@ -99,26 +100,14 @@ def with_flags(text: str, cls: type, prefix: str = "") -> str:
     A name of one word is also an English word: it is replaced at the beginning in front of "must", and
     behind "with" or "without" where the clause ends. Paths and quoted values stay as they are.
     """
-    for name, flag in _flags_of(cls, prefix).items():
+    flags = {field.name: flag_of(name) for name, field in flag_fields(cls, prefix)}
+    for name, flag in flags.items():
         if "_" in name:
             text = re.sub(rf"(?<![-\w/.'\"]){name}(?![-\w/'\"]|\.\w)", flag, text)
         else:
             text = re.sub(rf"^{name}(?= must\b)", flag, text)
             text = re.sub(rf"(?<=\bwith |hout ){name}(?=[,;]|$)", flag, text)
     return text
-
-
-def _flags_of(cls: type, prefix: str = "") -> dict[str, str]:
-    """Return the flag of each field of a dataclass, and of the dataclasses inside it."""
-    hints = typing.get_type_hints(cls)
-    flags: dict[str, str] = {}
-    for field in _flag_fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            inside = _flags_of(typing.cast(type, hints[field.name]), _prefix(field))
-            flags |= {name: flag for name, flag in inside.items() if name not in _hidden(field)}
-        else:
-            flags[field.name] = flag_of(prefix + field.name)
-    return flags
 
 
 def flag_of(name: str) -> str:
@@ -164,13 +153,9 @@ def with_current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def written_as(metavar: str, positional: bool = False) -> dict[str, Any]:
-    """Return metadata for a field whose value has a form of its own, such as NAME=PROMPT.
-
-    Args:
-        positional: its flag may be left out.
-    """
-    return {"metavar": metavar, "positional": positional}
+def written_as(metavar: str) -> dict[str, Any]:
+    """Return metadata for a field whose value has a form of its own, such as NAME=PROMPT."""
+    return {"metavar": metavar}
 
 
 def positional() -> dict[str, Any]:
@@ -178,9 +163,12 @@ def positional() -> dict[str, Any]:
     return {"positional": True}
 
 
-def _flag_fields(cls: type) -> list[dataclasses.Field[Any]]:
-    fields = dataclasses.fields(typing.cast(Any, cls))
-    return [field for field in fields if field.metadata.get("has_flag", True)]
+def _fields(cls: type) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """Yield the fields that are not left to programs, each with its type."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        if field.metadata.get("has_flag", True):
+            yield field, hints[field.name]
 
 
 def _hidden(field: dataclasses.Field[Any]) -> frozenset[str]:

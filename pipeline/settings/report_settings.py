@@ -42,10 +42,10 @@ class ReportSettings:
 class CompareSettings:
     """Compare the captions of two runs over the same images. Needs no Ray."""
 
-    before: str = field(metadata=written_as("A", positional=True))
+    before: str = field(metadata=written_as("A") | positional())
     """Folder or URI of the first run, or of Parquet files with the columns of one, as an endpoint records
     them (--trial-record)."""
-    after: str = field(metadata=written_as("B", positional=True))
+    after: str = field(metadata=written_as("B") | positional())
     """Folder or URI of the second run."""
     reference: str | None = None
     """Kept column of either run with the right caption, or a list of them; adds exact match, BLEU-4 and
