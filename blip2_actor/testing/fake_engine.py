@@ -89,14 +89,11 @@ class FakeEngineConfig:
     """Captions that wait at the gate; if given, no other captions wait."""
     kills_on: tuple[str, ...] = ()
     """Captions on which the process is killed by SIGKILL."""
-    kills_once: str | None = None
-    """Path of a file: if it does not exist, the first caption creates it and kills the process by SIGKILL."""
     faults_on: tuple[str, ...] = ()
     """Captions on which the engine raises `DeviceFault`."""
-    hangs_on: tuple[str, ...] = ()
-    """Captions at which the engine stops for good, as a lost device does."""
     hangs_on_device: str | None = None
-    """Number of the accelerator, as CUDA_VISIBLE_DEVICES has it, on which the engine stops at any caption."""
+    """Number of the accelerator, as CUDA_VISIBLE_DEVICES has it, on which the engine stops for good at any
+    caption, as a lost device does."""
     refuses_on: tuple[str, ...] = ()
     """Captions whose result has the status `refused`."""
 
@@ -272,11 +269,8 @@ class FakeEngine:
 
     def _die_if_told(self, caption: str) -> None:
         config = self._config
-        if config.kills_once and not os.path.exists(config.kills_once):
-            Path(config.kills_once).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
         device = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if (device and device == config.hangs_on_device) or caption in config.hangs_on:
+        if device and device == config.hangs_on_device:
             threading.Event().wait()
         if caption in config.kills_on:
             os.kill(os.getpid(), signal.SIGKILL)
