@@ -8,95 +8,60 @@ seconds mean something.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.command_line import make_parser
 from benchmarks.measure import report
+from benchmarks.serve.processes import cpu_s, of_family
 from pipeline.attempts.store import read_attempts
 from pipeline.demo.dataset import INPUTS, write_demo_dataset
 from pipeline.storage.folder import Folder
 
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 FLAGS = ("--model", "demo", "--max-failed-fraction", "1")
 """Some demonstration images are broken on purpose."""
 LOOK_EVERY_S = 0.05
 """A process that ends is missed for at most this time."""
 
 
-@dataclass
-class Watched:
-    """A process of the command."""
+@dataclass(frozen=True)
+class Used:
+    """What a process of the command has used."""
 
-    name: str
     cpu_s: float
     started_s: float
-    """Since the command."""
+    """Since the epoch."""
 
 
-@dataclass
-class Family:
-    """The command and all its descendants, as they were seen last."""
+def look(root: psutil.Process) -> dict[int, tuple[str, Used]]:
+    """Return what the command and all its descendants have used, by process id."""
+    return of_family(root, lambda process: Used(cpu_s(process), process.create_time()))
 
-    root: int
-    began: float
-    """On the monotonic clock."""
-    seen: dict[int, Watched] = field(default_factory=dict)
 
-    def look(self) -> None:
-        parents, used = {}, {}
-        for entry in os.listdir("/proc"):
-            if entry.isdigit():
-                try:
-                    stat = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
-                except OSError:
-                    continue
-                parents[int(entry)] = int(stat[1])
-                used[int(entry)] = (int(stat[11]) + int(stat[12])) / TICKS_PER_S
-        for pid in parents:
-            ancestor = pid
-            while ancestor not in (self.root, 0):
-                ancestor = parents.get(ancestor, 0)
-            if ancestor == self.root:
-                known = self.seen.setdefault(pid, Watched("", 0.0, time.monotonic() - self.began))
-                known.cpu_s, known.name = used[pid], _name(pid) or known.name
-
-    def by_name(self) -> dict[str, dict[str, float]]:
-        """Return number, CPU seconds and first start of the processes of each name, the largest first."""
-        found: dict[str, list[Watched]] = defaultdict(list)
-        for process in self.seen.values():
-            found[process.name].append(process)
-        rows = {
-            name: {
-                "processes": len(group),
-                "cpu_s": round(sum(p.cpu_s for p in group), 2),
-                "first_start_s": round(min(p.started_s for p in group), 2),
-            }
-            for name, group in found.items()
+def by_name(seen: Collection[tuple[str, Used]]) -> dict[str, dict[str, float]]:
+    """Return number, CPU seconds and first start of the processes of each name, the largest first."""
+    began_s = min(used.started_s for _, used in seen)
+    found: dict[str, list[Used]] = defaultdict(list)
+    for name, used in seen:
+        found[name].append(used)
+    rows = {
+        name: {
+            "processes": len(group),
+            "cpu_s": round(sum(used.cpu_s for used in group), 2),
+            "first_start_s": round(min(used.started_s for used in group) - began_s, 2),
         }
-        return dict(sorted(rows.items(), key=lambda row: -row[1]["cpu_s"]))
-
-
-def _name(pid: int) -> str:
-    """Return a short name of a process from its command line."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return ""
-    title = words[0]
-    if title.startswith("ray::"):
-        return title.partition("(")[0]
-    scripts = ["/".join(Path(word).parts[-2:]) for word in words[1:] if word.endswith(".py")]
-    modules = [after for word, after in pairwise(words) if word == "-m"]
-    return next(iter([*scripts, *modules]), Path(title).name)
+        for name, group in found.items()
+    }
+    return dict(sorted(rows.items(), key=lambda row: -row[1]["cpu_s"]))
 
 
 def measure(work: Path, num_images: int, command: list[str]) -> dict[str, Any]:
@@ -112,22 +77,23 @@ def measure(work: Path, num_images: int, command: list[str]) -> dict[str, Any]:
     began = time.monotonic()
     inputs = [str(work / name) for name in INPUTS]
     process = subprocess.Popen([*command, "caption", *inputs, "-o", str(output), *FLAGS])
-    family = Family(process.pid, began)
+    root = psutil.Process(process.pid)
+    seen: dict[int, tuple[str, Used]] = {}
     while process.poll() is None:
-        family.look()
+        seen |= look(root)
         time.sleep(LOOK_EVERY_S)
     seconds = time.monotonic() - began
     if process.returncode:
         raise RuntimeError(f"the command has ended with status {process.returncode}")
     (attempt,) = read_attempts(Folder(str(output)))
-    by_process = family.by_name()
+    by_process = by_name(seen.values())
     return {
         "num_images": num_images,
         "wall_s": seconds,
         "to_stay_below_s": 12.0,
         "phases_s": {**attempt.phases, "whole run": attempt.ended_s},
         "cpu_s": sum(row["cpu_s"] for row in by_process.values()),
-        "num_processes": len(family.seen),
+        "num_processes": len(seen),
         "by_process": by_process,
     }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar
 
 import psutil
 
+T = TypeVar("T")
 PARTS = {"proxy": "ProxyActor", "gateway": ":Gateway", "model": ":Captioner", "serve_batch": ":ServeBatch"}
 """The processes of an application, with words from the title that Ray gives them."""
 DECODERS = "decoders"
@@ -40,7 +42,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 def cpu_s_by_name(root: psutil.Process) -> dict[str, float]:
     """Return the CPU seconds of a process and all its descendants so far, by name and process id."""
-    return {name: cpu_s(process) for name, process in _family(root)}
+    return {f"{name} {pid}": used_s for pid, (name, used_s) in of_family(root, cpu_s).items()}
 
 
 def pss_bytes_by_name(root: psutil.Process) -> dict[str, int]:
@@ -48,21 +50,26 @@ def pss_bytes_by_name(root: psutil.Process) -> dict[str, int]:
 
     A page that several processes share counts once, in equal parts.
     """
-    return {name: process.memory_full_info().pss for name, process in _family(root)}
+    found = of_family(root, lambda process: process.memory_full_info().pss)
+    return {f"{name} {pid}": size for pid, (name, size) in found.items()}
 
 
-def _family(root: psutil.Process) -> Iterator[tuple[str, psutil.Process]]:
+def of_family(root: psutil.Process, figure: Callable[[psutil.Process], T]) -> dict[int, tuple[str, T]]:
+    """Return the name and a figure of a process and all its descendants, by process id."""
+    found = {}
     for process in [root, *root.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            yield f"{_name(_title(process), process)} {process.pid}", process
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            found[process.pid] = _name(process), figure(process)
+    return found
 
 
 def _title(process: psutil.Process) -> str:
     return " ".join(process.cmdline())
 
 
-def _name(title: str, process: psutil.Process) -> str:
+def _name(process: psutil.Process) -> str:
     """Return a short name: Ray's own of an actor, else the script or the module that a Python runs."""
+    title = _title(process)
     if title.startswith("ray::"):
         return title.partition("(")[0].strip()
     words = title.split()
