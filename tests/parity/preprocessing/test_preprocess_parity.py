@@ -38,7 +38,7 @@ def test_pixels_of_an_rgb_image(size: tuple[int, int], size_px: int, image_forma
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
 def test_pixels_of_other_opaque_modes(mode: str) -> None:
-    """The one-channel shortcut for gray images must be exact, not only close."""
+    """The one-channel shortcut for gray images must be exact, and palette indices must not be mixed."""
     data = encode(noise(300, 200).convert(mode), "TIFF")
     expected = reference_pixels(Image.open(io.BytesIO(data)), 224)
     assert (decode_image(data, 224).array(224) == expected).all()
