@@ -129,8 +129,22 @@ def decode_or_exhaust(data: bytes, size_px: int, limits: ImageLimits) -> Decoded
     Raises:
         MemoryError: the process cannot get the memory that decoding needs.
     """
+    image = _attempt(data, size_px, limits)
+    if image.status is not Status.UNDECODABLE:
+        return image
+    if repaired := without_metadata(data):
+        second = _attempt(repaired, size_px, limits)
+    elif limits.accept_truncated and (ended := with_end(data)):
+        second = replace(_attempt(ended, size_px, limits), is_truncated=True)
+    else:
+        return image
+    # The first error says more about the file as it is.
+    return image if second.status is Status.UNDECODABLE else second
+
+
+def _attempt(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
     try:
-        return _decode_or_repair(data, size_px, limits)
+        return _decode(data, size_px, limits)
     except MemoryError:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, which `decode_child` switches off
@@ -145,26 +159,6 @@ def decode_or_exhaust(data: bytes, size_px: int, limits: ImageLimits) -> Decoded
         if "out of memory" in str(error):  # Pillow's codecs report it as an OSError
             raise MemoryError from error
         return DecodedImage(status=Status.UNDECODABLE, error=describe_error(error))
-
-
-def _decode_or_repair(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
-    try:
-        return _decode(data, size_px, limits)
-    except (MemoryError, Image.DecompressionBombError):
-        raise
-    except Exception:
-        repaired = without_metadata(data)
-        ended = with_end(data) if limits.accept_truncated else None
-        try:
-            if repaired is not None:
-                return _decode(repaired, size_px, limits)
-            if ended is not None:
-                return replace(_decode(ended, size_px, limits), is_truncated=True)
-        except MemoryError:
-            raise
-        except Exception:  # the first error says more about the file as it is
-            pass
-        raise
 
 
 def _decode(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
