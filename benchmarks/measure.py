@@ -36,24 +36,33 @@ class Timing:
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
-) -> dict[str, Timing]:
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    cpu_s: Callable[[], float] = time.process_time,
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
     """Run all contenders in turn, so that other work on the machine disturbs all of them.
 
     Args:
         contenders: what to time, by name.
         rounds: number of timed rounds.
         warm_up: number of rounds before them, which are not timed.
+        cpu_s: returns the CPU seconds that all contenders have used so far.
+
+    Returns:
+        What the rounds took by the clock, and in CPU time.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    wall: dict[str, Timing] = {name: Timing([]) for name in contenders}
+    cpu: dict[str, Timing] = {name: Timing([]) for name in contenders}
     for turn in range(warm_up + rounds):
         for name, run in contenders.items():
-            started = time.perf_counter()
+            started, used = time.perf_counter(), cpu_s()
             run()
             _synchronize()
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: Timing(found) for name, found in seconds.items()}
+                cpu[name].seconds.append(cpu_s() - used)
+                wall[name].seconds.append(time.perf_counter() - started)
+    return wall, cpu
 
 
 def quotients(timings: Mapping[str, Timing], slow: str, fast: str) -> list[float]:

@@ -34,7 +34,7 @@ from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from benchmarks.command_line import make_parser
-from benchmarks.measure import Timing, quotients, ratio, report
+from benchmarks.measure import Timing, alternate, quotients, ratio, report
 from blip2_actor import DecodePool, ImageLimits, decode_image, resize_image
 from blip2_actor.models.vision import PixelNormalizer
 
@@ -57,22 +57,6 @@ def photograph(width: int, height: int, seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
-
-
-def measure(
-    contenders: dict[str, Callable[[], Any]], rounds: int
-) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Run all contenders in turn, after one round to warm up; return their CPU time and wall-clock time."""
-    cpu_s: dict[str, list[float]] = {name: [] for name in contenders}
-    wall_s: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, run in contenders.items():
-            wall, cpu = time.perf_counter(), cpu_time_s()
-            run()
-            if turn > 0:
-                cpu_s[name].append(cpu_time_s() - cpu)
-                wall_s[name].append(time.perf_counter() - wall)
-    return {n: Timing(s) for n, s in cpu_s.items()}, {n: Timing(s) for n, s in wall_s.items()}
 
 
 def cpu_time_s() -> float:
@@ -122,7 +106,7 @@ def compare(size: tuple[int, int], num_images: int, rounds: int) -> dict[str, An
             "children with decoding": lambda: pool.decode(files),
             "children draft": lambda: draft_pool.decode(files),
         }
-        cpu, wall = measure(contenders, rounds)
+        wall, cpu = alternate(contenders, rounds, cpu_s=cpu_time_s)
     difference = np.abs(ours().astype(int) - ours(DRAFT))
     pairs = [("reference after decoding", "ours after decoding")]
     pairs += [("reference with decoding", name) for name in list(contenders)[3:]]
@@ -153,7 +137,7 @@ def small_images(size: tuple[int, int], num_images: int, rounds: int) -> dict[st
             "ours": lambda: [decode_image(data, DEMO_SIZE_PX) for data in files],
             "children": lambda: pool.decode(files),
         }
-        cpu, wall = measure(contenders, rounds)
+        wall, cpu = alternate(contenders, rounds, cpu_s=cpu_time_s)
     return {name: figures(name, cpu, wall, num_images) for name in contenders}
 
 

@@ -23,17 +23,17 @@ from __future__ import annotations
 
 import os
 import random
-import statistics
 import tempfile
-import time
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.command_line import add_models, make_parser
-from benchmarks.measure import report
+from benchmarks.measure import alternate, report
+from benchmarks.serve.processes import cpu_s
 from benchmarks.sides.contender import Contender
 from benchmarks.sides.engine_sides import EngineSide, ReferenceSide
 from blip2_actor import EngineConfig
@@ -42,31 +42,6 @@ from blip2_actor.testing import save_random_checkpoint
 REFERENCE, OVER = "reference float32", " over "
 REFERENCE_BATCH = 32
 """Its best size of 16, 32 and 64 (`results/engine_cpu.json`)."""
-
-
-class TimedEngine(EngineSide):
-    """The engine, which times itself."""
-
-    def timed(self) -> tuple[float, float]:
-        """Return the seconds of a run: by the clock, and of CPU time."""
-        return _timed(self.run)
-
-    def quantization(self) -> dict[str, Any] | None:
-        record = self._engine.quantization
-        return None if record is None else asdict(record)
-
-
-class TimedReference(ReferenceSide):
-    """transformers' `generate`, which times itself."""
-
-    def timed(self) -> tuple[float, float]:
-        return _timed(lambda: self.run(REFERENCE_BATCH))
-
-
-def _timed(run: Any) -> tuple[float, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def main() -> None:
@@ -100,10 +75,10 @@ def main() -> None:
                     quantize=quantize,
                 )
                 name = f"{quantize}{OVER}{dtype}" if quantize else dtype
-                sides[name] = Contender(TimedEngine, config, work, 1, threads=arguments.threads)
+                sides[name] = Contender(EngineSide, config, work, 1, threads=arguments.threads)
         if not arguments.skip_reference:
             sides[REFERENCE] = Contender(
-                TimedReference, folder, "float32", arguments.device, work, 1, threads=arguments.threads
+                ReferenceSide, folder, "float32", arguments.device, work, 1, threads=arguments.threads
             )
         found = {"benchmark": "quantized", "threads_per_side": arguments.threads}
         report(found | _measure(sides, arguments.images, arguments.rounds), arguments.output)
@@ -111,14 +86,16 @@ def main() -> None:
 
 def _measure(sides: dict[str, Contender], num_images: int, rounds: int) -> dict[str, Any]:
     """Time all sides in turn, the first round left out."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, side in sides.items():
-            seconds[name].append(side.call("timed"))
+    processes = [psutil.Process(side.pid) for side in sides.values()]
+    contenders = {
+        name: partial(side.call, "run", *([REFERENCE_BATCH] if name == REFERENCE else []))
+        for name, side in sides.items()
+    }
+    timings = alternate(contenders, rounds, cpu_s=lambda: sum(map(cpu_s, processes)))
     found: dict[str, Any] = {"num_images": num_images, "rounds": rounds}
     found["quantization"] = {name: side.call("quantization") for name, side in sides.items() if OVER in name}
-    for index, clock in ((0, "by_the_clock"), (1, "by_cpu_time")):
-        medians = {name: statistics.median(t[index] for t in times[1:]) for name, times in seconds.items()}
+    for clock, of_sides in zip(("by_the_clock", "by_cpu_time"), timings, strict=True):
+        medians = {name: timing.median_s for name, timing in of_sides.items()}
         found[f"images_per_s_{clock}"] = {name: num_images / median for name, median in medians.items()}
         found[f"ratios_{clock}"] = {
             f"{name}, compared with {other}": medians[other] / medians[name]

@@ -70,7 +70,7 @@ def _measure_generation(case: Case, config: EngineConfig, num_images: int, round
     timings: dict[str, Timing] = {}
 
     def measure(contenders: dict[str, Callable[[], Any]], warm_up: int = 0) -> None:
-        found = alternate(contenders, rounds, warm_up)
+        found, _ = alternate(contenders, rounds, warm_up)
         for name in found.keys() - {"engine"}:
             found[name] = found[name].scaled(num_images / num_for_reference)
         timings.update(found)
@@ -116,7 +116,7 @@ def _measure_vision(case: Case, config: EngineConfig, num_images: int, rounds: i
     if case.reference_batches:
         reference = _start_reference(case, config, [(image, None, 0) for image in range(num_images)])
         contenders["reference's"] = lambda: reference.call("encode", num_images, batch)
-    timings = alternate(contenders, max(rounds, 3), warm_up=2)
+    timings, _ = alternate(contenders, max(rounds, 3), warm_up=2)
     ours.close()
     peak_flops = product_flops / timings["matrix product"].median_s
     found = {

@@ -8,7 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +62,11 @@ class EngineSide:
             for image, prompt, length in self._work
         ]
         return [list(result.token_ids) for result in self._engine.generate(asked)]
+
+    def quantization(self) -> dict[str, Any] | None:
+        """Return the record of what is quantized."""
+        record = self._engine.quantization
+        return None if record is None else asdict(record)
 
 
 def _options(length: int, num_beams: int) -> GenerationOptions:
