@@ -3,7 +3,6 @@
 # ruff: noqa: E402 -- Ray reads its environment when it is imported, which most of these imports do.
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ set_ray_environment()
 
 from ray import cloudpickle
 
+from benchmarks.sides.contender import peak_mib
 from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.listing import list_input
 from pipeline.ledger.ledger import Ledger
@@ -67,7 +67,7 @@ class DriverBooks:
         return self._parts
 
     def peak_mib(self) -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return peak_mib()
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:

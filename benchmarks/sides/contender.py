@@ -7,10 +7,11 @@ machine has cores, they sleep between two operations. Two contenders in one proc
 from __future__ import annotations
 
 import multiprocessing
-import resource
+import re
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,4 +82,11 @@ def _serve(pipe: Connection, make: Callable[..., Any], args: tuple[Any, ...], th
 def _peak_memory_gib() -> float:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_mib() / 2**10
+
+
+def peak_mib() -> float:
+    """Return the peak memory of this process; that of `getrusage` counts its parent's at the start too."""
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    return int(peak[1]) / 2**10

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.sides.contender import Contender
+from benchmarks.sides.contender import Contender, peak_mib
 from benchmarks.sides.memory_watch import MemoryWatch
 from benchmarks.sides.steady_rate import steady_rate
 from blip2_actor import EngineBuilder
@@ -97,7 +97,7 @@ class JobSide:
         return {
             "first_rows_s": recorder.seen[0][0] + offset - self._started,
             "driver_cpu_s": time.process_time(),
-            "driver_peak_mib": _peak_mib(),
+            "driver_peak_mib": peak_mib(),
         }
 
     def status(self, output: str) -> dict[str, float]:
@@ -142,7 +142,3 @@ def call_job(method: str, *arguments: Any) -> Any:
     result = side.call(method, *arguments)
     side.close()
     return result
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
