@@ -193,9 +193,7 @@ class Parser(argparse.ArgumentParser):
                 words += as_words(f"--{key}", value, isinstance(action, Switch))
             except ValueError as error:
                 self.error(str(error))
-        required = self._required
         given, _ = self._parse(words, None)
-        self._required = required
         self._file = ""
         return vars(given)
 

@@ -9,7 +9,9 @@ is checked.
 
 from __future__ import annotations
 
+import json
 import struct
+from dataclasses import asdict
 
 from blip2_actor.preprocessing.images import DecodedImage
 from blip2_actor.preprocessing.sandbox.protections import SandboxReport
@@ -20,7 +22,7 @@ OUT_OF_MEMORY = 76
 """Exit status of a child whose image needed more memory than `memory_bytes`."""
 
 _HELLO = struct.Struct("<H")
-"""Bytes of the report on the sandbox, which follows."""
+"""Bytes of the report on the sandbox, which follows as JSON."""
 _REPLY = struct.Struct("<B?IIHI")
 """Index into _STATUSES, is_truncated, width, height (0 if unknown), bytes of UTF-8 error, bytes of pixels;
 both follow."""
@@ -37,7 +39,7 @@ def pack_hello(sandbox: SandboxReport) -> bytes:
     A child that dies before it has a broken installation, not a bad image. It has not read a byte of an image
     yet, so the report can be trusted.
     """
-    report = sandbox.to_bytes()
+    report = json.dumps(asdict(sandbox)).encode()
     return _HELLO.pack(len(report)) + report
 
 
@@ -53,7 +55,8 @@ def unpack_hello(received: bytearray) -> tuple[SandboxReport | None, int]:
     if len(received) < end:
         return None, 0
     try:
-        return SandboxReport.of_bytes(bytes(received[_HELLO.size : end])), end
+        report = json.loads(received[_HELLO.size : end])
+        return SandboxReport(**{name: tuple(values) for name, values in report.items()}), end
     except (AttributeError, TypeError, ValueError) as error:
         raise BadReply from error
 

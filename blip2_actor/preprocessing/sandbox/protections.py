@@ -7,11 +7,10 @@ sandbox after all imports, because files cannot be opened any more, and before t
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from blip2_actor.preprocessing.sandbox import landlock, seccomp
 from blip2_actor.preprocessing.sandbox.libc import SET_NO_NEW_PRIVS, prctl
@@ -36,15 +35,6 @@ class SandboxReport:
     def __str__(self) -> str:
         missing = f"; not in force: {', '.join(self.not_in_force)}" if self.not_in_force else ""
         return f"decode sandbox: {', '.join(self.restrictions) or 'none'}{missing}"
-
-    def to_bytes(self) -> bytes:
-        """Return the report as UTF-8 JSON."""
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def of_bytes(cls, data: bytes) -> SandboxReport:
-        """Return the report that `to_bytes` has written."""
-        return cls(**{name: tuple(values) for name, values in json.loads(data).items()})
 
 
 def close_sandbox() -> SandboxReport:
