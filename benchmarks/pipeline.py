@@ -105,7 +105,7 @@ def measure_scale(work: Path, sizes: list[int]) -> dict[str, Any]:
     for num_rows in sizes:
         shards = write_shards(work, -(-num_rows // SCALE_SHARD_ROWS), SCALE_SHARD_ROWS)
         settings = CaptionSettings(input=(str(shards),), output=str(work / f"scale-{num_rows}"))
-        runs[num_rows] = run = _run_job(settings, FakeEngineConfig())
+        runs[num_rows] = run = call_job("run", settings, FakeEngineConfig())
         print(
             f"  {num_rows:,} rows: {run['rows_per_s']:,.0f} rows/s, first after {run['first_rows_s']:.1f} s, "
             f"driver +{run['driver_growth_mib']:.0f} MiB"
@@ -125,12 +125,12 @@ def measure_resume(work: Path, num_shards: int, num_left: int, rounds: int) -> d
     shards = write_shards(work, num_shards, RESUME_SHARD_ROWS)
     output = work / "resume"
     settings = CaptionSettings(input=(str(shards),), output=str(output))
-    _run_job(settings, FakeEngineConfig())
+    call_job("run", settings, FakeEngineConfig())
     seconds = []
     for _ in range(rounds):
         for path in sorted(output.rglob("*.parquet"))[:: num_shards // num_left][:num_left]:
             path.unlink()
-        seconds.append(_run_job(settings, FakeEngineConfig())["first_rows_s"])
+        seconds.append(call_job("run", settings, FakeEngineConfig())["first_rows_s"])
         print(f"  first new rows after {seconds[-1]:.1f} s")
     return {
         "first_new_rows_s": statistics.median(seconds),
@@ -142,14 +142,8 @@ def measure_resume(work: Path, num_shards: int, num_left: int, rounds: int) -> d
 
 
 def _caption(images: Path, output: Path, config: EngineConfig) -> dict[str, Any]:
-    return _run_job(
-        CaptionSettings(input=(str(images),), output=str(output), engine=config, generation=OPTIONS)
-    )
-
-
-def _run_job(settings: CaptionSettings, engine: FakeEngineConfig | None = None) -> dict[str, Any]:
-    """Run one job in a fresh process; its times count from now."""
-    run: dict[str, Any] = call_job("run", settings, engine)
+    settings = CaptionSettings(input=(str(images),), output=str(output), engine=config, generation=OPTIONS)
+    run: dict[str, Any] = call_job("run", settings)
     return run
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
@@ -19,21 +18,6 @@ from benchmarks.sides.memory_watch import MemoryWatch
 from benchmarks.sides.steady_rate import steady_rate
 from blip2_actor import EngineBuilder
 from pipeline import CaptionSettings, Console, ProgressSnapshot, set_ray_environment
-
-
-@dataclass(frozen=True)
-class JobRun:
-    """What one run took; seconds are wall-clock time."""
-
-    num_rows: int
-    num_ok: int
-    rows_per_s: float
-    """In the steady state."""
-    first_rows_s: float
-    """From the command to the first finished rows; the start of Ray and the loading of the model count."""
-    total_s: float
-    driver_growth_mib: float
-    """Growth of the driver's resident memory from the first finished rows to its peak."""
 
 
 class ProgressRecorder(Console):
@@ -110,7 +94,12 @@ class JobSide:
         return {"wall_s": time.monotonic() - began, "cpu_s": cpu_s}
 
     def run(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, float]:
-        """Run a job and return a `JobRun` as a dictionary; the first run counts from the command."""
+        """Run a job, and count the first one from the command.
+
+        Returns:
+            Numbers of rows, rows per second in the steady state, seconds until the first rows are finished
+            and until the end, and the growth of the driver's resident memory from there to its peak.
+        """
         from pipeline import prepare, run_job
 
         began, self._started = self._started or time.time(), 0.0
@@ -119,15 +108,14 @@ class JobSide:
         result = run_job(prepare(settings, engine), recorder)
         if result.missing:
             raise RuntimeError("; ".join(result.lines()))
-        run = JobRun(
-            num_rows=result.num_rows,
-            num_ok=result.num_ok,
-            rows_per_s=steady_rate(recorder.seen),
-            first_rows_s=recorder.seen[0][0] + offset - began,
-            total_s=time.time() - began,
-            driver_growth_mib=(recorder.peak_rss - recorder.first_rss) / 2**20,
-        )
-        return asdict(run)
+        return {
+            "num_rows": result.num_rows,
+            "num_ok": result.num_ok,
+            "rows_per_s": steady_rate(recorder.seen),
+            "first_rows_s": recorder.seen[0][0] + offset - began,
+            "total_s": time.time() - began,
+            "driver_growth_mib": (recorder.peak_rss - recorder.first_rss) / 2**20,
+        }
 
     def run_watched(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, Any]:
         """Run a job as `run` does, and add the peak memory of its processes in MiB, by what they do."""

@@ -81,7 +81,7 @@ class MapBatchesSide:
             max_new_tokens: number of tokens of every caption.
 
         Returns:
-            What the run took, with the keys of `JobRun`.
+            What the run took, with keys of `JobSide.run`.
         """
         import ray
 
