@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace, folder: Path, scenes: Path) -> None:
     for turn in range(arguments.rounds):
         if "comparison" in arguments.only:
             comparison.begin_round(config, options)
-        with ServeCommand(flags(config, options)) as command:
+        with closing(ServeCommand(flags(config, options))) as command:
             result["start"] = command.start()
             result |= measure_endpoint(command, comparison, images, arguments, is_first=turn == 0)
         if "without_model" in arguments.only and turn == 0:

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -96,12 +95,6 @@ class ServeCommand:
             self._process.send_signal(signal.SIGTERM)
         self._process.wait(120)
         self._folder.cleanup()
-
-    def __enter__(self) -> ServeCommand:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
 
 
 def _largest(figures: dict[str, float]) -> dict[str, float]:

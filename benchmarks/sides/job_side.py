@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from benchmarks.sides.contender import Contender, peak_mib
-from benchmarks.sides.memory_watch import MemoryWatch
+from benchmarks.sides.memory_watch import watch_memory
 from benchmarks.sides.steady_rate import steady_rate
 from blip2_actor import EngineBuilder
 from pipeline import CaptionSettings, Console, ProgressSnapshot, set_ray_environment
@@ -119,9 +119,9 @@ class JobSide:
 
     def run_watched(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, Any]:
         """Run a job as `run` does, and add the peak memory of its processes in MiB, by what they do."""
-        with MemoryWatch() as watch:
+        with watch_memory() as peak_mib:
             run = self.run(settings, engine)
-        return {**run, "peak_mib": watch.peak_mib}
+        return {**run, "peak_mib": dict(peak_mib)}
 
 
 def call_job(method: str, *arguments: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -13,42 +14,32 @@ ROLES = ("ReadShard", "DecodeStage", "WriteStage", "Committer", "Coordinator")
 """Texts in the titles that Ray gives its workers."""
 
 
-class MemoryWatch:
+@contextmanager
+def watch_memory() -> Iterator[dict[str, int]]:
     """Look at this process and at those that it has started twice a second, inside a `with` block.
 
     Memory is what a process has for itself, without the pages of Ray's object store, which all share.
+
+    Yields:
+        Peak MiB by role; of several processes with one role, that of the largest.
     """
+    peak_mib: dict[str, int] = defaultdict(int)
+    ended = threading.Event()
+    thread = threading.Thread(target=_watch, args=(peak_mib, ended), daemon=True)
+    thread.start()
+    try:
+        yield peak_mib
+    finally:
+        ended.set()
+        thread.join()
 
-    def __init__(self) -> None:
-        self.peak_mib: dict[str, int] = defaultdict(int)
-        """By role; of several processes with one role, that of the largest."""
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-        self.peak_mib = dict(self.peak_mib)
-
-    def _watch(self) -> None:
-        driver = psutil.Process()
-        while not self._ended.wait(EVERY_S):
-            self._note("driver", driver)
-            for process in driver.children(recursive=True):
-                try:
-                    title = " ".join(process.cmdline())
-                    for role in ROLES:
-                        if role in title:
-                            self._note(role, process)
-                except psutil.Error:
-                    pass  # It has ended.
-
-    def _note(self, role: str, process: psutil.Process) -> None:
-        memory = process.memory_info()
-        self.peak_mib[role] = max(self.peak_mib[role], (memory.rss - memory.shared) >> 20)
+def _watch(peak_mib: dict[str, int], ended: threading.Event) -> None:
+    driver = psutil.Process()
+    while not ended.wait(EVERY_S):
+        for process in (driver, *driver.children(recursive=True)):
+            with suppress(psutil.Error):  # it has ended
+                title = " ".join(process.cmdline())
+                memory = process.memory_info()
+                for role in ["driver"] if process == driver else [role for role in ROLES if role in title]:
+                    peak_mib[role] = max(peak_mib[role], (memory.rss - memory.shared) >> 20)
