@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from blip2_actor.demo.architecture import NUM_QUERY_TOKENS, WIDTH
@@ -20,9 +20,6 @@ from blip2_actor.demo.grammar import ARRANGEMENTS, BACKGROUNDS, COLORS, SHAPES
 from blip2_actor.demo.tokenizer import IMAGE_TOKEN
 
 _IGNORED = -100
-
-Losses = tuple[Tensor, dict[str, float]]
-"""The loss to minimize, and figures for the log."""
 
 
 def to_pixel_values(images: np.ndarray) -> Tensor:
@@ -81,43 +78,3 @@ class Heads(nn.Module):
             for i, (query, head) in enumerate(zip((0, 0, 1, 1, 2, 3), self.query, strict=True))
         ]
         return torch.stack(losses).mean()
-
-
-class Objectives:
-    """The losses of the three stages, each with figures for the log."""
-
-    def __init__(self, model: Blip2ForConditionalGeneration, heads: Heads) -> None:
-        self.model = model
-        self.heads = heads
-
-    def look(self, pixel_values: Tensor, patches: Tensor, attributes: Tensor) -> Losses:
-        """Return the loss of the vision encoder alone."""
-        return self._patch_losses(
-            self.model.vision_model(pixel_values).last_hidden_state, patches, attributes
-        )
-
-    def tell(self, image_embeds: Tensor, input_ids: Tensor, attributes: Tensor) -> Losses:
-        """Return the loss of Q-Former and language model over float[B, P + 1, D] of the vision encoder."""
-        model, pad = self.model, self.model.config.text_config.pad_token_id
-        queries = model.query_tokens.expand(len(image_embeds), -1, -1)
-        query_output = model.qformer(
-            query_embeds=queries, encoder_hidden_states=image_embeds
-        ).last_hidden_state
-        words = model.get_input_embeddings()(input_ids[:, NUM_QUERY_TOKENS:])
-        inputs_embeds = torch.cat([model.language_projection(query_output), words], dim=1)
-        words_loss = caption_loss(model.language_model(inputs_embeds=inputs_embeds).logits, input_ids, pad)
-        query_loss = self.heads.query_loss(query_output, attributes)
-        return words_loss + query_loss, {"caption_loss": words_loss.item(), "query_loss": query_loss.item()}
-
-    def finish(self, pixel_values: Tensor, patches: Tensor, input_ids: Tensor, attributes: Tensor) -> Losses:
-        """Return the loss of all parts together; the patches also learn which object is named first."""
-        image_embeds = self.model.vision_model(pixel_values).last_hidden_state
-        patch_loss, patch_figures = self._patch_losses(image_embeds, patches, attributes)
-        place_loss = self.heads.place_loss(image_embeds, patches, attributes)
-        language_loss, language_figures = self.tell(image_embeds, input_ids, attributes)
-        figures = patch_figures | {"place_loss": place_loss.item()} | language_figures
-        return language_loss + 0.5 * patch_loss + place_loss, figures
-
-    def _patch_losses(self, image_embeds: Tensor, patches: Tensor, attributes: Tensor) -> Losses:
-        loss, shapes = self.heads.patch_loss(image_embeds, patches, attributes)
-        return loss, {"patch_loss": loss.item(), "patch_shapes_right": shapes.item()}

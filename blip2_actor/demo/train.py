@@ -25,14 +25,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from blip2_actor.demo.architecture import WIDTH, build_model
+from blip2_actor.demo.architecture import NUM_QUERY_TOKENS, WIDTH, build_model
 from blip2_actor.demo.evaluation import CaptionAccuracy, generate_captions, score_captions
 from blip2_actor.demo.examples import NUM_PATCHES, Examples, make_examples
-from blip2_actor.demo.objectives import Heads, Losses, Objectives, encode_captions, to_pixel_values
+from blip2_actor.demo.objectives import Heads, caption_loss, encode_captions, to_pixel_values
 from blip2_actor.demo.saving import save_checkpoint
 from blip2_actor.demo.tokenizer import build_tokenizer
 
 logger = logging.getLogger("blip2_actor.demo.train")
+
+Losses = tuple[Tensor, dict[str, float]]
+"""The loss to minimize, and figures for the log."""
 
 
 class Training:
@@ -51,7 +54,6 @@ class Training:
         self.tokenizer = build_tokenizer()
         self.model = build_model(self.tokenizer)
         self.heads = Heads()
-        self.objectives = Objectives(self.model, self.heads)
         self.examples = make_examples("train", args.seed + 1, args.examples, args.workers)
         self.patches = torch.from_numpy(self.examples.patches)
         self.attributes = torch.from_numpy(self.examples.attributes)
@@ -123,20 +125,42 @@ class Training:
                 self.save()
 
     def _look(self, chosen: np.ndarray) -> Losses:
-        return self.objectives.look(self._pixels(chosen), self.patches[chosen], self.attributes[chosen])
+        """Return the loss of the vision encoder alone."""
+        return self._patch_losses(self._image_embeds(chosen), chosen)
 
     def _tell(self, chosen: np.ndarray) -> Losses:
-        return self.objectives.tell(
-            self.vision_output[chosen], self.input_ids[chosen], self.attributes[chosen]
-        )
+        """Return the loss of Q-Former and language model over the stored output of the vision encoder."""
+        return self._language_losses(self.vision_output[chosen], chosen)
 
     def _finish(self, chosen: np.ndarray) -> Losses:
-        return self.objectives.finish(
-            self._pixels(chosen), self.patches[chosen], self.input_ids[chosen], self.attributes[chosen]
-        )
+        """Return the loss of all parts together; the patches also learn which object is named first."""
+        image_embeds = self._image_embeds(chosen)
+        patch_loss, patch_figures = self._patch_losses(image_embeds, chosen)
+        place_loss = self.heads.place_loss(image_embeds, self.patches[chosen], self.attributes[chosen])
+        language_loss, language_figures = self._language_losses(image_embeds, chosen)
+        figures = patch_figures | {"place_loss": place_loss.item()} | language_figures
+        return language_loss + 0.5 * patch_loss + place_loss, figures
 
-    def _pixels(self, chosen: np.ndarray) -> Tensor:
-        return to_pixel_values(self.examples.images[chosen])
+    def _image_embeds(self, chosen: np.ndarray) -> Tensor:
+        """Return float[B, P + 1, D] of the vision encoder."""
+        return self.model.vision_model(to_pixel_values(self.examples.images[chosen])).last_hidden_state
+
+    def _patch_losses(self, image_embeds: Tensor, chosen: np.ndarray) -> Losses:
+        loss, shapes = self.heads.patch_loss(image_embeds, self.patches[chosen], self.attributes[chosen])
+        return loss, {"patch_loss": loss.item(), "patch_shapes_right": shapes.item()}
+
+    def _language_losses(self, image_embeds: Tensor, chosen: np.ndarray) -> Losses:
+        model, input_ids = self.model, self.input_ids[chosen]
+        queries = model.query_tokens.expand(len(image_embeds), -1, -1)
+        query_output = model.qformer(
+            query_embeds=queries, encoder_hidden_states=image_embeds
+        ).last_hidden_state
+        words = model.get_input_embeddings()(input_ids[:, NUM_QUERY_TOKENS:])
+        inputs_embeds = torch.cat([model.language_projection(query_output), words], dim=1)
+        logits = model.language_model(inputs_embeds=inputs_embeds).logits
+        words_loss = caption_loss(logits, input_ids, model.config.text_config.pad_token_id)
+        query_loss = self.heads.query_loss(query_output, self.attributes[chosen])
+        return words_loss + query_loss, {"caption_loss": words_loss.item(), "query_loss": query_loss.item()}
 
     def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -150,8 +174,7 @@ class Training:
     def _encode_all(self) -> None:
         for chosen in torch.arange(self.rank, len(self.vision_output), self.args.workers).split(200):
             with torch.autocast("cpu", torch.bfloat16):
-                out = self.model.vision_model(self._pixels(chosen.numpy()))
-            self.vision_output[chosen] = out.last_hidden_state.bfloat16()
+                self.vision_output[chosen] = self._image_embeds(chosen.numpy()).bfloat16()
         dist.barrier()
         self._note("examples seen")
 
