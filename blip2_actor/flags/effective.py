@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from blip2_actor.flags.config_file import as_words
-from blip2_actor.flags.fields import default_of, flag_fields
+from blip2_actor.flags.fields import default_of, flag_fields, flag_of
 from blip2_actor.flags.values import Switch
 
 DEFAULT = "default"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class EffectiveSetting:
     """The value of one flag."""
 
@@ -37,12 +37,10 @@ def effective_settings(given: argparse.Namespace, cls: type) -> list[EffectiveSe
     settings = []
     for name, field in flag_fields(cls):
         if name in actions:  # otherwise it has no effect in this command
-            flag = next(text for text in actions[name].option_strings if text.startswith("--"))
-            default = default_of(field)
-            value = getattr(given, name, None if default is dataclasses.MISSING else default)
+            value = getattr(given, name, default_of(field))
             source = given.sources.get(name, DEFAULT)
             is_switch = isinstance(actions[name], Switch)
-            settings.append(EffectiveSetting(flag, value, source, is_switch))
+            settings.append(EffectiveSetting(flag_of(name), value, source, is_switch))
     return settings
 
 

@@ -32,23 +32,21 @@ def add_flags(
         prefix: begins the name of each flag.
     """
     help_of = field_docs(cls)
-    for field, hint in _fields(cls):
-        if field.name in without:
-            continue
+    for field, hint in _fields(cls, without):
         if dataclasses.is_dataclass(hint):
             group = parser.add_argument_group(help_of[field.name])
             add_flags(group, typing.cast(type, hint), _hidden(field), _prefix(field))
             continue
         default = default_of(field)
         help_text = with_flags(help_of[field.name], cls, prefix)
-        if hint is not bool and default not in (None, (), "", dataclasses.MISSING):
+        if hint is not bool and default not in (None, (), ""):
             help_text += f" (default: {shown(default)})"
         action = parser.add_argument(
             *([SHORT[field.name]] if field.name in SHORT and not prefix else []),
             flag_of(prefix + field.name),
             *(flag_of(prefix + old) for old in former_names(field)),
             dest=prefix + field.name,
-            required=default is dataclasses.MISSING,
+            required=field.default is dataclasses.MISSING,
             default=argparse.SUPPRESS,
             help=help_text.replace("%", "%%"),
             **value_options(hint, field),
@@ -80,9 +78,7 @@ def flag_fields(
     cls: type, prefix: str = "", without: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """Yield each field with a flag, also of the dataclasses inside, with its name as `build` takes it."""
-    for field, hint in _fields(cls):
-        if field.name in without:
-            continue
+    for field, hint in _fields(cls, without):
         if dataclasses.is_dataclass(hint):
             yield from flag_fields(typing.cast(type, hint), _prefix(field), _hidden(field))
         else:
@@ -90,8 +86,9 @@ def flag_fields(
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Return the default that a flag's help shows; `dataclasses.MISSING` for a required flag."""
-    return field.metadata.get("resolved_default", field.default)
+    """Return the default of a flag; None for a required one too."""
+    default = field.metadata.get("resolved_default", field.default)
+    return None if default is dataclasses.MISSING else default
 
 
 def with_flags(text: str, cls: type, prefix: str = "") -> str:
@@ -163,11 +160,11 @@ def positional() -> dict[str, Any]:
     return {"positional": True}
 
 
-def _fields(cls: type) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+def _fields(cls: type, without: frozenset[str] = frozenset()) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
     """Yield the fields that are not left to programs, each with its type."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(typing.cast(Any, cls)):
-        if field.metadata.get("has_flag", True):
+        if field.metadata.get("has_flag", True) and field.name not in without:
             yield field, hints[field.name]
 
 
