@@ -29,6 +29,7 @@ from blip2_actor import (
 from blip2_actor.testing import FakeEngineConfig
 from tests.unit.engine.random_calls import CALLS, call_at_random
 from tests.unit.fetching.web_server import web_server
+from tests.unit.preprocessing.image_corpus import encode
 
 of_this_machine = partial(FetchPolicy, private_hosts=("127.0.0.1",))
 """The guard refuses the server of a test as it refuses every private address."""
@@ -41,9 +42,7 @@ def build(cls: Any, **fields: Any) -> Any:
 
 
 def png(pixels: np.ndarray = PIXELS) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return encode(Image.fromarray(pixels), "PNG")
 
 
 def told(results: list[Result]) -> list[tuple[Any, ...]]:
@@ -153,9 +152,7 @@ def test_ids_and_masks_may_be_one_array_or_tensor(engine: Engine) -> None:
 
 def test_gray_arrays_and_tensors_equal_gray_bytes(engine: Engine) -> None:
     gray = PIXELS[..., 0]
-    file = io.BytesIO()
-    Image.fromarray(gray).save(file, "PNG")
-    forms: list[Any] = [file.getvalue(), gray, gray[..., None], torch.from_numpy(gray.copy())[None]]
+    forms: list[Any] = [png(gray), gray, gray[..., None], torch.from_numpy(gray.copy())[None]]
     first, *others = engine.generate([*forms], max_new_tokens=5)
     assert first.ok and told(others) == told([first] * 3)
 

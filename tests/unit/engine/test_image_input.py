@@ -18,15 +18,14 @@ from blip2_actor import EngineConfig, Request, Status
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.testing import FakeEngineConfig, fake_caption
+from tests.unit.preprocessing.image_corpus import encode, noise
 
 SIZE_PX = 64
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 70, 3), dtype=np.uint8)
 
 
 def encoded(format: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(PIXELS).save(file, format, **options)
-    return file.getvalue()
+    return encode(Image.fromarray(PIXELS), format, **options)
 
 
 LAYOUTS = {"plain": lambda a: a, "bgr": lambda a: a[..., ::-1], "flipped": lambda a: a[::-1]}
@@ -49,13 +48,11 @@ def test_an_array_may_be_overwritten_as_soon_as_it_is_handed_over(
 @pytest.mark.parametrize("format", ["PNG", "GIF", "JPEG"])
 def test_threads_may_share_a_pil_image_that_is_not_loaded(format: str) -> None:
     """Pillow decodes an opened file at first use: threads got parts of each other's pixels, or an error."""
-    file = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(file, format)
-    expected = to_pixels(file.getvalue(), SIZE_PX)
+    data = encode(noise(700, 700), format)
+    expected = to_pixels(data, SIZE_PX)
     with ThreadPoolExecutor(6) as threads:
         for _ in range(5):
-            image, together = Image.open(io.BytesIO(file.getvalue())), Barrier(6)
+            image, together = Image.open(io.BytesIO(data)), Barrier(6)
 
             def read(image: Image.Image = image, together: Barrier = together) -> np.ndarray:
                 together.wait()
