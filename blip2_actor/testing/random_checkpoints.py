@@ -155,6 +155,6 @@ def random_tokenizer(config: Blip2Config) -> PreTrainedTokenizerFast:
     text = config.text_config
     special_ids = {"<end>": text.eos_token_id, IMAGE_TOKEN: config.image_token_index}
     if text.model_type == "t5":
-        return byte_tokenizer(special_ids, _FIRST_BYTE_ID, last="<end>", eos_token="<end>")
+        return byte_tokenizer(special_ids, _FIRST_BYTE_ID, "$A <end>", eos_token="<end>")
     special_ids = {"<start>": text.bos_token_id, **special_ids}
-    return byte_tokenizer(special_ids, _FIRST_BYTE_ID, first="<start>", eos_token="<end>")
+    return byte_tokenizer(special_ids, _FIRST_BYTE_ID, "<start> $A", eos_token="<end>")

@@ -38,11 +38,10 @@ _VOCAB_SIZE = 264
 
 def tiny_tokenizer(language: str) -> PreTrainedTokenizerFast:
     """Build a byte tokenizer: "opt" puts `</s>` first, "t5" puts `<end>` last, as the published ones do."""
-    place = {"first": "</s>"} if language == "opt" else {"last": "<end>"}
     return byte_tokenizer(
         _SPECIAL_IDS,
         len(_SPECIAL_IDS),
-        **place,
+        "</s> $A" if language == "opt" else "$A <end>",
         bos_token="</s>",
         eos_token="<end>",
         pad_token="<pad>",
