@@ -78,24 +78,21 @@ def _fetch(url: str, allow_urls: bool) -> bytes:
 
 def _read(place: str | Path) -> bytes:
     """Return the bytes of a file; devices and pipes may have no end."""
-    path = Path(place)
+    path, limit = Path(place), ImageLimits().max_file_bytes
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise RequestRefused(Status.UNREADABLE, f"image must be a regular file, got {_shown(place)}")
-        limit = ImageLimits().max_file_bytes
-        if status.st_size > limit:
-            raise RequestRefused(
-                Status.TOO_LARGE, f"the file has {status.st_size} bytes, more than max_file_bytes ({limit})"
-            )
-        return path.read_bytes()
-    except RequestRefused:
-        raise
+        if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
+            return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RequestRefused(
             Status.UNREADABLE, f"image must be a file that can be read, got {_shown(place)}: {reason}"
         ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise RequestRefused(Status.UNREADABLE, f"image must be a regular file, got {_shown(place)}")
+    raise RequestRefused(
+        Status.TOO_LARGE, f"the file has {status.st_size} bytes, more than max_file_bytes ({limit})"
+    )
 
 
 def _to_array(tensor: torch.Tensor) -> np.ndarray:
