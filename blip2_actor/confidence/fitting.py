@@ -48,13 +48,14 @@ def fit_calibration(
             f"right and {NUM_PARTS} wrong, got {len(right)}, of which {int(right.sum())} are right; caption "
             "more images"
         )
-    values = np.array([features_of(logprob, num_tokens) for logprob, num_tokens in examples])
+    # The last column is that of the intercept.
+    values = np.array([(*features_of(logprob, num_tokens), 1.0) for logprob, num_tokens in examples])
     parts = np.random.default_rng(0).permutation(len(right)) % NUM_PARTS
     held_out = np.empty(len(right))
     for part in range(NUM_PARTS):
         is_held_out = parts == part
         weights, scores, probabilities = _fit(values[~is_held_out], right[~is_held_out])
-        held_out[is_held_out] = np.interp(_with_one(values[is_held_out]) @ weights, scores, probabilities)
+        held_out[is_held_out] = np.interp(values[is_held_out] @ weights, scores, probabilities)
     weights, scores, probabilities = _fit(values, right)
     *coefficients, intercept = weights.tolist()
     return Calibration(
@@ -112,7 +113,7 @@ def auroc(confidence: np.ndarray, is_right: np.ndarray) -> float:
 def _fit(values: np.ndarray, is_right: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the weights of the features, the intercept last, and the curve: scores and probabilities."""
     weights = _regress(values, is_right)
-    return weights, *_curve(_with_one(values) @ weights, is_right)
+    return weights, *_curve(values @ weights, is_right)
 
 
 def _curve(scores: np.ndarray, is_right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -138,27 +139,20 @@ def _curve(scores: np.ndarray, is_right: np.ndarray) -> tuple[np.ndarray, np.nda
 def _regress(values: np.ndarray, is_right: np.ndarray) -> np.ndarray:
     """Return the coefficients of a logistic regression, the intercept last, by Newton's method."""
     mean, scale = values.mean(axis=0), values.std(axis=0)
+    mean[-1] = 0.0
     scale[scale < 1e-9] = 1.0
-    x = _with_one((values - mean) / scale)
+    x = (values - mean) / scale
     penalty = np.full(x.shape[1], PENALTY)
     penalty[-1] = 0.0
     weights = np.zeros(x.shape[1])
     for _ in range(MAX_STEPS):
-        p = _sigmoid(x @ weights)
+        p = 1 / (1 + np.exp(-np.clip(x @ weights, -500, 500)))
         gradient = x.T @ (p - is_right) + penalty * weights
         curvature = (x * np.maximum(p * (1 - p), 1e-9)[:, None]).T @ x + np.diag(penalty + 1e-9)
         step = np.linalg.solve(curvature, gradient)
         weights -= step
         if np.abs(step).max() < 1e-9:
             break
-    weights[:-1] /= scale
-    weights[-1] -= mean @ weights[:-1]
+    weights /= scale
+    weights[-1] -= mean @ weights
     return weights
-
-
-def _with_one(values: np.ndarray) -> np.ndarray:
-    return np.column_stack([values, np.ones(len(values))])
-
-
-def _sigmoid(scores: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(scores, -500, 500)))
