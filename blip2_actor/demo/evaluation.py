@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import zip_longest
 
-import numpy as np
 import torch
 from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerBase
 
@@ -58,7 +57,7 @@ def score_captions(captions: list[str], truths: list[str]) -> CaptionAccuracy:
             right[kind] += said == word
     wrong = [(c, t) for c, t in zip(captions, truths, strict=True) if c != t]
     return CaptionAccuracy(
-        exact=float(np.mean([c == t for c, t in zip(captions, truths, strict=True)])),
+        exact=(len(truths) - len(wrong)) / len(truths),
         by_kind={kind: right[kind] / total[kind] for kind in sorted(total)},
         wrong=tuple(wrong[:20]),
     )
