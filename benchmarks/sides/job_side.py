@@ -53,7 +53,7 @@ class StopAtFirstRows(ProgressRecorder):
 
 
 class JobSide:
-    """Run jobs in this process, which becomes Ray's driver."""
+    """Run one job in this process, which becomes Ray's driver."""
 
     def __init__(self, started: float) -> None:
         """Prepare this process for Ray.
@@ -94,15 +94,15 @@ class JobSide:
         return {"wall_s": time.monotonic() - began, "cpu_s": cpu_s}
 
     def run(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, float]:
-        """Run a job, and count the first one from the command.
+        """Run a job.
 
         Returns:
-            Numbers of rows, rows per second in the steady state, seconds until the first rows are finished
-            and until the end, and the growth of the driver's resident memory from there to its peak.
+            Numbers of rows, rows per second in the steady state, seconds from the command to the first
+            finished rows and to the end, and the growth of the driver's resident memory between the first
+            rows and its peak.
         """
         from pipeline import prepare, run_job
 
-        began, self._started = self._started or time.time(), 0.0
         offset = time.time() - time.monotonic()
         recorder = ProgressRecorder()
         result = run_job(prepare(settings, engine), recorder)
@@ -112,16 +112,16 @@ class JobSide:
             "num_rows": result.num_rows,
             "num_ok": result.num_ok,
             "rows_per_s": steady_rate(recorder.seen),
-            "first_rows_s": recorder.seen[0][0] + offset - began,
-            "total_s": time.time() - began,
+            "first_rows_s": recorder.seen[0][0] + offset - self._started,
+            "total_s": time.time() - self._started,
             "driver_growth_mib": (recorder.peak_rss - recorder.first_rss) / 2**20,
         }
 
     def run_watched(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, Any]:
         """Run a job as `run` does, and add the peak memory of its processes in MiB, by what they do."""
-        with watch_memory() as peak_mib:
+        with watch_memory() as by_role:
             run = self.run(settings, engine)
-        return {**run, "peak_mib": dict(peak_mib)}
+        return {**run, "peak_mib": dict(by_role)}
 
 
 def call_job(method: str, *arguments: Any) -> Any:
