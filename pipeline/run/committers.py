@@ -18,6 +18,7 @@ from pipeline.ledger.commit import Summary
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.summaries import SUMMARIES_PER_FILE
 from pipeline.metrics import COMMIT_S, timed
+from pipeline.run.job import Job
 from pipeline.stages.storage_trouble import tell_coordinator
 
 CPUS_PER_COMMITTER = 4
@@ -52,23 +53,14 @@ class Committer:
 class Committers:
     """Commits under way, spread over the actors in turn."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        metadata: Mapping[bytes, bytes],
-        empty_schema: pa.Schema,
-        coordinator: Any,
-    ) -> None:
+    def __init__(self, job: Job, coordinator: Any) -> None:
         """Start no actor yet: when a job starts, the processes of its stages come first.
 
         Args:
-            ledger: the output; its requests are retried.
-            metadata: for the footer of every file.
-            empty_schema: the schema of a shard without rows.
             coordinator: handle of the job's `Coordinator` actor, which hears when the output fails.
         """
-        self._arguments = (coordinator, ledger, metadata, empty_schema)
-        self._ledger = ledger
+        self._arguments = (coordinator, job.ledger, job.metadata, job.empty_schema)
+        self._ledger = job.ledger
         self._class = ray.remote(Committer).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
         )

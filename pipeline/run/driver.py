@@ -15,7 +15,6 @@ from pipeline.attempts.attempt import WorkerLoad
 from pipeline.attempts.recorder import AttemptRecorder
 from pipeline.errors import Stopped, StoppedBySignal, TooManyFailures, name_of
 from pipeline.ledger.lease import Lease
-from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.scan import ShardProgress
 from pipeline.metrics import SHARDS, label_with_run
 from pipeline.placement.reservations import Reservations
@@ -62,7 +61,6 @@ class Driver:
     def __init__(
         self,
         job: Job,
-        ledger: Ledger,
         left: Sequence[ShardProgress],
         reservations: Reservations,
         lease: Lease,
@@ -74,7 +72,7 @@ class Driver:
         """Start the actors that are not stages.
 
         Args:
-            ledger: the output of the job, with retries: for work that must not be lost.
+            job: requests to its output are retried, because its work must not be lost.
             left: the shards with rows to do.
             reservations: what each stage reserves.
             lease: its heartbeats carry the progress from now on.
@@ -83,7 +81,6 @@ class Driver:
             members: says which nodes and workers come and go, and which are awaited.
         """
         self._job = job
-        self._ledger = ledger
         self._lease = lease
         self._stop = stop
         self._console = console
@@ -95,7 +92,7 @@ class Driver:
         self._coordinator: Any = (
             ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         )
-        self._committers = Committers(ledger, job.metadata, job.empty_schema, self._coordinator)
+        self._committers = Committers(job, self._coordinator)
         # A retry runs rows that have failed before: most of them may well fail again.
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
         self._rate = Rate()
@@ -117,7 +114,7 @@ class Driver:
             Stopped: by a signal, by an error of Ray, or because most rows fail.
             OutputInUse: another driver has taken the lease.
         """
-        dataset = receipts_dataset(self._job, self._ledger, self._work, self._coordinator, self._reservations)
+        dataset = receipts_dataset(self._job, self._work, self._coordinator, self._reservations)
         with (
             self._stop.deferred(),
             _killed_after(self._coordinator),
@@ -212,7 +209,7 @@ class Driver:
         self._check()
         unread = self._tracker.without_report()
         if unread:  # The coordinator has died and forgotten them.
-            for report in self._ledger.load_shard_reports(unread):
+            for report in self._job.ledger.load_shard_reports(unread):
                 self._tracker.add_report(report)
         self._commit()
         while self._committers.num_under_way:

@@ -27,7 +27,7 @@ class Job:
     engine: EngineBuilder
     info: ModelInfo
     ledger: Ledger
-    """The output; its requests are not retried."""
+    """The output; its requests are retried once `run_job` holds the lease."""
     run: Run
     is_new: bool
     """Whether the run must still be begun in its output."""
@@ -68,7 +68,7 @@ class Job:
     def joining(self, run: Run) -> Job:
         """Return the job as part of a run that another driver has begun."""
         engine = with_quantization(self.engine, run.quantization)
-        return replace(self, engine=engine, run=run, is_new=False)
+        return replace(self, engine=engine, ledger=self.ledger.of(run), run=run, is_new=False)
 
     @property
     def metadata(self) -> dict[bytes, bytes]:

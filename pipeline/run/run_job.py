@@ -12,7 +12,6 @@ from blip2_actor import DecodePool
 from pipeline.attempts.recorder import AttemptRecorder, recorded
 from pipeline.errors import Stopped
 from pipeline.ledger.lease import Lease
-from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.retry import describe_work
 from pipeline.ledger.scan import OutputState, ShardProgress
@@ -57,10 +56,10 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         stop.named(),
     ):
         console.keep(attempt.log.add)
-        ledger = job.ledger.with_retries()
-        ledger.require_unrevised(job.run)
-        state = ledger.scan()
-        left = _left(job, ledger, state)
+        job = dataclasses.replace(job, ledger=job.ledger.with_retries())
+        job.ledger.require_unrevised(job.run)
+        state = job.ledger.scan()
+        left = _left(job, state)
         if left or job.redone or job.asks_worker:
             attempt.end_phase("open the output")
             console.phase("starting Ray")
@@ -69,19 +68,19 @@ def run_job(job: Job, console: Console) -> Reconciliation:
                 console.phase("looking at the cluster")
                 job = _place(job, left, cluster, console)
                 lease.require()  # This machine may have been suspended meanwhile.
-                job, state = _begin(job, ledger, state, console, attempt)
-                left = _left(job, ledger, state)
+                job, state = _begin(job, state, console, attempt)
+                left = _left(job, state)
                 _announce(job, console, left)
-                _drive(job, ledger, left, cluster, lease, stop, console, attempt)
+                _drive(job, left, cluster, lease, stop, console, attempt)
             lease.require()
-            state = _sweep(job, ledger, ledger.scan())
+            state = _sweep(job, job.ledger.scan())
         else:
-            job, state = _begin(job, ledger, state, console, attempt)
+            job, state = _begin(job, state, console, attempt)
             _announce(job, console, left)
-        done = ledger.reconcile(job.part, state)
+        done = job.ledger.reconcile(job.part, state)
         if job.run_slice is None:
-            ledger.tidy_summaries(state, done)
-            ledger.drop_markers(state, done)
+            job.ledger.tidy_summaries(state, done)
+            job.ledger.drop_markers(state, done)
         status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
         shards = f"shards{_of_slice(job)}"
         attempt.end(status, f"{shards} are missing" if done.missing else f"all {shards} are finished")
@@ -98,18 +97,18 @@ def _known_at_the_start(job: Job) -> dict[str, Any]:
     }
 
 
-def _begin_or_join(job: Job, ledger: Ledger) -> Job:
+def _begin_or_join(job: Job) -> Job:
     """Begin a run, or join it if another driver has begun it since the job was prepared, or does so now.
 
     Raises:
         FingerprintMismatch: it has other settings.
     """
-    begun = ledger.load(job.settings.input)
+    begun = job.ledger.load(job.settings.input)
     if begun is None:
-        if ledger.begin(job.run):
+        if job.ledger.begin(job.run):
             return job
-        begun = ledger.require_run(job.settings.input)
-    begun.require_same(job.run.fingerprint, job.settings.input, str(ledger))
+        begun = job.ledger.require_run(job.settings.input)
+    begun.require_same(job.run.fingerprint, job.settings.input, str(job.ledger))
     return job.joining(begun)
 
 
@@ -122,14 +121,14 @@ def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Conso
     reservations = reserve(job.settings.placement, cluster, job.engine)
     if not cluster.is_local:
         shards = [progress.shard for progress in left] or job.part.shards
-        check_storage(job.ledger.folder, shards, reservations.read, console.say)
+        check_storage(job.ledger.folder.with_retries(0.0), shards, reservations.read, console.say)
     if job.asks_worker:
         job = job.with_answer(ask_first_worker(job.engine, reservations, console.say))
     return job
 
 
 def _begin(
-    job: Job, ledger: Ledger, state: OutputState, console: Console, attempt: AttemptRecorder
+    job: Job, state: OutputState, console: Console, attempt: AttemptRecorder
 ) -> tuple[Job, OutputState]:
     """Write what this start changes, and commit what is complete.
 
@@ -140,24 +139,23 @@ def _begin(
         The job with its run, and the output as it is now.
     """
     if job.is_new:
-        job = _begin_or_join(job, ledger)
+        job = _begin_or_join(job)
     elif job.is_revised:
-        ledger.revise(job.run, job.redone)
+        job.ledger.revise(job.run, job.redone)
         state = state.without(job.redone)
     attempt.run_has_begun(job.run.fingerprint.digest, job.info.dtype)
     if attempt.earlier.all:
         before = total_line(attempt.earlier)
         console.say(f"attempt {len(attempt.all):,} of run {job.run.id}; before it: {before}")
-    return job, _sweep(job, ledger, state)
+    return job, _sweep(job, state)
 
 
-def _sweep(job: Job, ledger: Ledger, state: OutputState) -> OutputState:
-    return ledger.sweep(job.part, state, job.metadata, job.empty_schema, job.run_slice is not None)
+def _sweep(job: Job, state: OutputState) -> OutputState:
+    return job.ledger.sweep(job.part, state, job.metadata, job.empty_schema, job.run_slice is not None)
 
 
 def _drive(
     job: Job,
-    ledger: Ledger,
     left: list[ShardProgress],
     cluster: Cluster,
     lease: Lease,
@@ -175,7 +173,7 @@ def _drive(
         needs = {CAPTIONING: reservations.caption, DECODING: reservations.decode}
         members = Members(console.say, needs, cluster.is_local)
         try:
-            Driver(job, ledger, left, reservations, lease, stop, console, attempt, members).run()
+            Driver(job, left, reservations, lease, stop, console, attempt, members).run()
             return
         except DeviceLeftOut as error:
             resource, ids = error.device.resource, error.device.ids
@@ -188,7 +186,7 @@ def _drive(
             console.warn(f"{error.device} is left out; the job goes on with {num_others:g} others")
             placement = fit(job.settings.placement, int(num_others / per_actor), cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
-            left = _left(job, ledger, ledger.scan())
+            left = _left(job, job.ledger.scan())
             attempt.begin_driver()
 
 
@@ -224,12 +222,12 @@ def _total_said(console: Console, attempt: AttemptRecorder) -> Iterator[None]:
     console.say(total_line(attempt.all))
 
 
-def _left(job: Job, ledger: Ledger, state: OutputState) -> list[ShardProgress]:
+def _left(job: Job, state: OutputState) -> list[ShardProgress]:
     """Return the shards with rows to read or to caption."""
     if job.is_retry:
         # Rows in the fragments of an earlier retry may have failed again; those that have go again.
-        return ledger.to_retry(job.part, state, job.choice)
-    return [progress for progress in ledger.unfinished(job.part, state) if not progress.is_complete]
+        return job.ledger.to_retry(job.part, state, job.choice)
+    return [progress for progress in job.ledger.unfinished(job.part, state) if not progress.is_complete]
 
 
 def _bytes_to_read(job: Job, left: list[ShardProgress]) -> int | None:

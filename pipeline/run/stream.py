@@ -20,7 +20,6 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.reader import ShardWork
-from pipeline.ledger.ledger import Ledger
 from pipeline.placement.reservations import Reservations, resolve_engine
 from pipeline.run.job import Job
 from pipeline.stages.coordinator import report_load, report_shard
@@ -39,12 +38,12 @@ ASK_AGAIN_S = 0.2
 
 
 def receipts_dataset(
-    job: Job, ledger: Ledger, work: Sequence[ShardWork], coordinator: Any, reservations: Reservations
+    job: Job, work: Sequence[ShardWork], coordinator: Any, reservations: Reservations
 ) -> Dataset:
     """Return the job as a lazy dataset of receipts; nothing runs yet.
 
     Args:
-        ledger: where the workers write; its requests are retried.
+        job: requests of its workers to the output are retried as those of its ledger.
         reservations: what each stage reserves.
     """
     settings, info = job.settings, job.info
@@ -63,7 +62,7 @@ def receipts_dataset(
         source = ShardDatasource(
             work,
             settings.read_options,
-            partial(report_shard, coordinator, ledger.folder),
+            partial(report_shard, coordinator, job.ledger.folder),
             partial(tell_coordinator, coordinator),
             job.run.kept,
         )
@@ -86,7 +85,7 @@ def receipts_dataset(
                 replace(spec, engine=resolve_engine(job.engine, reservations)),
                 Models.of(spec, info),
                 list(settings.reading.kept),
-                ledger,
+                job.ledger,
                 coordinator,
                 settings.placement.step_timeout_s,
                 reservations.caption.accelerators,

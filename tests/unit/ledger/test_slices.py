@@ -135,7 +135,7 @@ def test_two_slices_that_start_together_are_one_run(tmp_path):
     assert all(job.is_new for job in jobs)
     first = work(jobs[0])
     write_tar(tmp_path / "in/g.tar", "late")
-    joined = _begin_or_join(jobs[1], jobs[1].ledger)
+    joined = _begin_or_join(jobs[1])
     assert joined.run.shards == jobs[0].run.shards and not joined.is_new
     second = work(joined)
     assert first.num_shards + second.num_shards == 6 and first.num_shards in range(1, 6)
@@ -175,7 +175,7 @@ def test_of_slices_that_begin_a_run_at_the_same_moment_one_does(
 
     def try_to_begin(job):
         try:
-            return _begin_or_join(job, job.ledger)
+            return _begin_or_join(job)
         except FingerprintMismatch as error:
             assert "prompt" in str(error)
             return None
@@ -199,7 +199,7 @@ def test_a_slice_with_another_prompt_does_not_join(tmp_path):
     ]
     work(jobs[0])
     with pytest.raises(FingerprintMismatch, match="prompt"):
-        _begin_or_join(jobs[1], jobs[1].ledger)
+        _begin_or_join(jobs[1])
 
 
 def test_a_run_that_another_driver_has_begun_and_ended_meanwhile_is_not_begun_over_it(tmp_path):
@@ -208,7 +208,7 @@ def test_a_run_that_another_driver_has_begun_and_ended_meanwhile_is_not_begun_ov
     jobs = [prepare_run(tmp_path, prompt=prompt) for prompt in (None, "a photo of")]
     work(jobs[0])
     with pytest.raises(FingerprintMismatch, match="prompt"):
-        _begin_or_join(jobs[1], jobs[1].ledger)
+        _begin_or_join(jobs[1])
 
 
 def test_a_slice_without_a_shard_does_not_decide_on_the_dtype_of_the_run(tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ from pipeline.stages.coordinator import Coordinator
 def test_committers_take_no_process_before_the_stages_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray starts two processes at a time on two cores, and the model was loaded a second later."""
     monkeypatch.setattr(ray, "cluster_resources", lambda: pytest.fail("an actor is about to be started"))
-    ledger: Any = None
-    committers = Committers(ledger, {}, pa.schema([]), coordinator=None)
+    job: Any = SimpleNamespace(ledger=None, metadata={}, empty_schema=pa.schema([]))
+    committers = Committers(job, coordinator=None)
     committers.close()
 
 
