@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import ray
@@ -36,30 +36,6 @@ def node_changes(before: View, now: View) -> list[str]:
     return said
 
 
-def lost_workers(before: View, now: View) -> list[str]:
-    """Return the workers that were at work and whose process is gone, as sentences."""
-    said = []
-    for key in [*before.of(CAPTIONING), *before.of(DECODING)]:
-        worker, after = before.workers[key], now.workers.get(key)
-        if after is None or (after.state == RUNS and after.pid == worker.pid):
-            continue
-        node = now.nodes.get(worker.node)
-        why = "its process has died" if node is None or node.is_alive else "its node is gone"
-        left = count(len(now.of(worker.stage)), f"{worker.stage} worker")
-        said.append(f"{before.name(worker)} was lost: {why}; {left} left, and its images go again")
-    return said
-
-
-def ready_workers(before: View, now: View, stage: str) -> list[WorkerSeen]:
-    """Return the workers of a stage that have come to work, or have come back, between two views."""
-    found = []
-    for key in now.of(stage):
-        known, worker = before.workers.get(key), now.workers[key]
-        if known is None or known.state != RUNS or known.pid != worker.pid:
-            found.append(worker)
-    return found
-
-
 class Members:
     """Says what changes in a cluster while a job runs, and what the job waits for."""
 
@@ -76,7 +52,8 @@ class Members:
         self._view = View()
         self._num_lost: Counter[str] = Counter()
         """Workers of each stage that were lost and have not been replaced."""
-        self._since: dict[str, tuple[str, datetime]] = {}
+        self._since: dict[tuple[str, str], datetime] = {}
+        """Since when each actor has been in its state."""
         self._reminder = Reminder(say, LINE_EVERY_S if is_local else LOG_EVERY_S)
         self.awaited: str | None = None
         """Workers that are not at work, since when and why, and what the autoscaler does; None if all are."""
@@ -100,37 +77,35 @@ class Members:
 
     def take(self, view: View) -> None:
         """Say what is new in a view."""
+        before, self._view = self._view, view
         if not self._is_local:
-            self._say_all(node_changes(self._view, view))
-        lost = lost_workers(self._view, view)
-        self._say_all(lost)
+            for sentence in node_changes(before, view):
+                self._say(sentence)
         for stage in (CAPTIONING, DECODING):
-            self._num_lost[stage] += sum(sentence.startswith(stage) for sentence in lost)
-            self._say_ready(view, ready_workers(self._view, view, stage))
+            self._say_changes(before, stage)
         now = datetime.now(UTC)
-        states = {key: worker.state for key, worker in view.workers.items()}
-        known = self._since
-        self._since = {
-            key: known[key] if key in known and known[key][0] == state else (state, now)
-            for key, state in states.items()
-        }
-        self._view = view
+        states = [(key, worker.state) for key, worker in view.workers.items()]
+        self._since = {each: self._since.get(each, now) for each in states}
         self.awaited = self._describe_awaited()
         self._reminder.remind(self.awaited)
 
-    def _say_all(self, sentences: Iterable[str]) -> None:
-        for sentence in sentences:
-            self._say(sentence)
-
-    def _say_ready(self, view: View, ready: Sequence[WorkerSeen]) -> None:
-        if not ready:
-            return
-        stage = ready[0].stage
+    def _say_changes(self, before: View, stage: str) -> None:
+        """Say which workers of a stage were lost, and which have come to work or come back."""
+        view, then, now = self._view, before.of(stage), self._view.of(stage)
+        for process, worker in then.items():
+            if process in now or process[0] not in view.workers:  # at work, or let go
+                continue
+            node = view.nodes.get(worker.node)
+            why = "its process has died" if node is None or node.is_alive else "its node is gone"
+            left = count(len(now), f"{stage} worker")
+            self._say(f"{before.name(worker)} was lost: {why}; {left} left, and its images go again")
+            self._num_lost[stage] += 1
+        ready = [worker for process, worker in now.items() if process not in then]
         num_again = min(len(ready), self._num_lost[stage])
         self._num_lost[stage] -= num_again
-        if num_again or (stage == CAPTIONING and not self._is_local):
-            who = view.name(ready[0]) if len(ready) == 1 else f"{len(ready)} {stage} workers"
-            self._say(f"{who} {'is' if len(ready) == 1 else 'are'} ready; {len(view.of(stage))} at work")
+        if num_again or (ready and stage == CAPTIONING and not self._is_local):
+            who = f"{view.name(ready[0])} is" if len(ready) == 1 else f"{len(ready)} {stage} workers are"
+            self._say(f"{who} ready; {len(now)} at work")
 
     def _describe_awaited(self) -> str | None:
         view, phrases = self._view, []
@@ -140,10 +115,9 @@ class Members:
             for state in (LOADS, WAITS):
                 workers = view.of(stage, state)
                 if workers:
-                    since = at(min(self._since[key][1] for key in workers))
-                    phrases.append(
-                        f"{count(len(workers), f'{stage} worker')} {self._why(workers)} since {since}"
-                    )
+                    since = at(min(self._since[key, state] for key, _ in workers))
+                    why = self._why(list(workers.values()))
+                    phrases.append(f"{count(len(workers), f'{stage} worker')} {why} since {since}")
         if not phrases:
             return None
         at_work = len(view.of(CAPTIONING))
@@ -151,12 +125,12 @@ class Members:
         tail = autoscaler_says() if waits and not self._is_local else ""
         return f"{' and '.join(phrases)}{f'; {at_work} at work' if at_work else ''}{tail}"
 
-    def _why(self, workers: Sequence[str]) -> str:
+    def _why(self, workers: Sequence[WorkerSeen]) -> str:
         """Return what some workers of one stage and in one state are doing, as the end of a phrase."""
-        first = self._view.workers[workers[0]]
+        first = workers[0]
         if first.state == WAITS:
             return f"({self._needs[first.stage]}), for which no node has room,"
-        hosts = sorted({self._view.host(self._view.workers[key]) for key in workers})
+        hosts = sorted({self._view.host(worker) for worker in workers})
         more = f" and {len(hosts) - MAX_NAMED} more nodes" if len(hosts) > MAX_NAMED else ""
         does = "loading the model" if first.stage == CAPTIONING else "starting"
         return f"{does} on {', '.join(hosts[:MAX_NAMED])}{more}"

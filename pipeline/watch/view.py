@@ -64,9 +64,10 @@ class View:
     def num_nodes(self) -> int:
         return sum(node.is_alive for node in self.nodes.values())
 
-    def of(self, stage: str, state: str = RUNS) -> list[str]:
-        """Return the actors of a stage in a state."""
-        return [key for key, each in self.workers.items() if (each.stage, each.state) == (stage, state)]
+    def of(self, stage: str, state: str = RUNS) -> dict[tuple[str, int], WorkerSeen]:
+        """Return the workers of a stage in a state, by actor and process."""
+        wanted = (stage, state)
+        return {(key, w.pid): w for key, w in self.workers.items() if (w.stage, w.state) == wanted}
 
     def host(self, worker: WorkerSeen) -> str:
         return self.nodes[worker.node].host if worker.node in self.nodes else "an unknown node"
