@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from contextlib import closing
 from typing import Any, NoReturn
 
@@ -71,7 +71,7 @@ class RemoteEngine:
         self._has_work = threading.Condition()
         self._is_closed = False
         self._is_given_up = False
-        """Nobody wants anything any longer; what has no outcome is cancelled."""
+        """Nobody wants anything any longer; what has no outcome ends with `GivenUp`."""
         self._ended = threading.Event()
         self._outage = Outage()
         self._max_images = max(1, min(MAX_IMAGES, MAX_BYTES // (3 * model.image_size_px**2)))
@@ -131,10 +131,7 @@ class RemoteEngine:
     def _read(self, wanted: Sequence[Wanted]) -> list[Any]:
         for one in wanted:
             self._add(one)
-        try:
-            return [one.future.result() for one in wanted]
-        except CancelledError:
-            raise GivenUp from None
+        return [one.future.result() for one in wanted]
 
     def _add(self, wanted: Wanted) -> Future[Any]:
         with self._has_work:
@@ -188,7 +185,7 @@ class RemoteEngine:
         connection.close()
 
     def _watch(self) -> None:
-        """Cancel everything when the job stops, whatever the other threads wait for."""
+        """Give everything up when the job stops, whatever the other threads wait for."""
         while not self._ended.wait(TELL_EVERY_S):
             if self._unfinished and not self._outage.job_goes_on():
                 self._give_up()
@@ -198,30 +195,30 @@ class RemoteEngine:
                     one.fail(error)
 
     def _give_up(self) -> None:
-        """Cancel what has no outcome, and end the threads."""
+        """End what has no outcome, and the threads."""
         with self._has_work:
             self._is_given_up = True
             self._has_work.notify_all()
         self._ended.set()
         # Without the lock: a done callback may take another one under which somebody submits.
         for one in list(self._unfinished):
-            one.drop()
+            one.fail(GivenUp())
 
     def _take(self) -> list[Wanted]:
         """Wait for work, and take what goes with the first piece of it; none when the engine is closed."""
         with self._has_work:
-            while not (self._drop_cancelled() or self._is_closed or self._is_given_up):
+            while not (self._drop_ended() or self._is_closed or self._is_given_up):
                 self._has_work.wait()
             taken: list[Wanted] = []
-            while not self._is_given_up and self._drop_cancelled() and len(taken) < self._max_images:
+            while not self._is_given_up and self._drop_ended() and len(taken) < self._max_images:
                 if taken and not self._queue[0].goes_with(taken[0]):
                     break
                 taken.append(self._queue.popleft())
             return taken
 
-    def _drop_cancelled(self) -> bool:
+    def _drop_ended(self) -> bool:
         """Forget what nobody wants any longer; return whether anything is left."""
-        while self._queue and self._queue[0].future.cancelled():
+        while self._queue and self._queue[0].future.done():
             self._queue.popleft()
         return bool(self._queue)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,37 +19,22 @@ refused with others. After as many answers alone, it fails."""
 
 @dataclass(eq=False)
 class Wanted:
-    """Something that is wanted of an image. Its future ends once, whichever thread comes first."""
+    """Something that is wanted of an image. Its future ends once: the first thread to end it counts."""
 
     image: np.ndarray
     ask: Ask
     future: Future[Any] = field(default_factory=Future)
     num_breaks: int = 0
     since_s: float = field(default_factory=time.monotonic)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _has_ended: bool = False
 
     def goes_with(self, other: Wanted) -> bool:
         """Return whether both may stand in one request."""
         return self.ask.goes_with(other.ask) and max(self.num_breaks, other.num_breaks) < MAX_BREAKS
 
     def resolve(self, outcome: Outcome) -> None:
-        if self._may_end():
+        with suppress(InvalidStateError):
             self.future.set_result(outcome)
 
     def fail(self, error: Exception) -> None:
-        if self._may_end():
+        with suppress(InvalidStateError):
             self.future.set_exception(error)
-
-    def drop(self) -> None:
-        """Cancel it, and wake whoever waits for it."""
-        self.future.cancel()
-        self._may_end()
-
-    def _may_end(self) -> bool:
-        """Return True to the one caller that ends it; never if it is cancelled."""
-        with self._lock:
-            if self._has_ended:
-                return False
-            self._has_ended = True
-            return self.future.set_running_or_notify_cancel()

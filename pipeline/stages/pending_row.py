@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from blip2_actor import ImageLike, Result
@@ -79,10 +79,9 @@ def are_done(pending: Sequence[Pending], deadline: Deadline) -> bool:
 def _result(pending: Pending) -> Result:
     if isinstance(pending, Result):
         return pending
-    try:
-        error = pending.exception()
-    except CancelledError:
-        raise GivenUp from None
+    error = pending.exception()
+    if isinstance(error, GivenUp):
+        raise error
     if error is not None:
         raise EngineFault.of(error) from error
     return pending.result()
