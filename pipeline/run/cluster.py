@@ -130,11 +130,16 @@ def start_ray(**options: Any) -> None:
         RayStartFailed: Ray does not start, or the cluster at RAY_ADDRESS cannot be reached.
     """
     import ray
+    from ray._private import utils
 
+    from pipeline.local_ray.fewer_processes import replaced
+
+    # Ray shows the command line to every user of the cluster, with the passwords of its URIs (Ray 2.60).
+    entrypoint = hide_secrets(utils.get_entrypoint_name())
     try:
         _require_listener(os.environ.get("RAY_ADDRESS", ""))
         # Ray's own handlers end the process with status 15, or abort it.
-        with keeping_handlers(), _entrypoint_without_secrets():
+        with keeping_handlers(), replaced(utils, {"get_entrypoint_name": lambda: entrypoint}):
             ray.init(**options)
     except BaseException as error:  # Ray raises many types here, and a bare Exception when it times out.
         _kill_started_processes(error)
@@ -195,19 +200,6 @@ def _reason(error: BaseException) -> str:
     if lines and lines[0].startswith("Version mismatch"):
         return " ".join(lines)
     return (lines[0] if lines else "").rstrip(".") or type(error).__name__
-
-
-@contextmanager
-def _entrypoint_without_secrets() -> Iterator[None]:
-    """Hide passwords of URIs in the command line, which Ray shows to every user of the cluster (Ray 2.60)."""
-    from ray._private import utils
-
-    original = utils.get_entrypoint_name
-    utils.get_entrypoint_name = lambda: hide_secrets(original())
-    try:
-        yield
-    finally:
-        utils.get_entrypoint_name = original
 
 
 def _kill_started_processes(error: BaseException) -> None:
