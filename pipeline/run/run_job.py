@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from blip2_actor import DecodePool
+from pipeline.attempts.attempt import Attempts
 from pipeline.attempts.recorder import AttemptRecorder, recorded
 from pipeline.errors import Stopped
 from pipeline.ledger.lease import Lease
@@ -22,7 +23,7 @@ from pipeline.placement.reservations import fit, reserve
 from pipeline.placement.storage_check import check_storage
 from pipeline.progress import LOG_EVERY_S, Console, count
 from pipeline.report.models import demo_warning
-from pipeline.report.pace import total_line
+from pipeline.report.pace import total_line, verdict
 from pipeline.run.cluster import connected
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
@@ -51,7 +52,15 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         console.area(),
         _said_to(console, stop),
         Lease(job.ledger.folder, job.run_slice, run=job.run.id) as lease,
-        recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
+        recorded(
+            job.ledger.folder,
+            is_begun=not job.is_new,
+            run=job.run.fingerprint.digest,
+            run_id=job.run.id,
+            is_retry=job.is_retry,
+            model=job.info.model,
+            dtype=job.info.dtype,
+        ) as attempt,
         _total_said(console, attempt),
         stop.named(),
     ):
@@ -84,17 +93,10 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
         shards = f"shards{_of_slice(job)}"
         attempt.end(status, f"{shards} are missing" if done.missing else f"all {shards} are finished")
+        this = Attempts(attempt.all.all[-1:])
+        if this.rows:
+            console.say(verdict(this))
         return done
-
-
-def _known_at_the_start(job: Job) -> dict[str, Any]:
-    return {
-        "run": job.run.fingerprint.digest,
-        "run_id": job.run.id,
-        "is_retry": job.is_retry,
-        "model": job.info.model,
-        "dtype": job.info.dtype,
-    }
 
 
 def _begin_or_join(job: Job) -> Job:
