@@ -226,8 +226,7 @@ class CaptionSettings(JobSettings):
         inputs, output = tuple(map(without_secrets, self.input)), without_secrets(self.output)
         values = to_dict(replace(self, input=inputs, output=output, outputs=self.outputs.stored))
         del values["reading"]["schema_version"]  # It is in the fingerprint.
-        left_out = {*OF_ONE_START, *(name for name in ("include", "exclude") if not values[name])}
-        return {name: value for name, value in values.items() if name not in left_out}
+        return {name: value for name, value in values.items() if name not in OF_ONE_START}
 
 
 @dataclass(frozen=True, kw_only=True)
