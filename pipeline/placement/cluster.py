@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import ray
 
-from pipeline.placement.labels import has_labels
 from pipeline.placement.node_types import NodeType, autoscaler_node_types
 from pipeline.progress import count
 
@@ -25,6 +24,7 @@ class Node:
     resources: Mapping[str, float]
     """As Ray names them: CPU, GPU, NPU, accelerator_type:L40S and so on."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Cluster:
             labels: label selectors of the nodes.
             others: other resources that the node must have.
         """
-        chosen = (kind for kind in self.kinds if _fit(kind, others, labels))
+        chosen = (kind for kind in self.kinds if num_fitting(kind, others, labels))
         return max((kind.resources.get(resource, 0.0) for kind in chosen), default=0.0)
 
     def fitting(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
@@ -71,16 +71,16 @@ class Cluster:
         alive = (node for node in self.nodes if node.labels.get(NODE_TYPE) not in names)
         room = min((kind.max_of_all for kind in kinds), default=0)
         may_be_added = 0
-        for kind in sorted(kinds, key=lambda kind: _fit(kind, resources, labels), reverse=True):
+        for kind in sorted(kinds, key=lambda kind: num_fitting(kind, resources, labels), reverse=True):
             num_nodes = min(kind.max_nodes, room)
-            may_be_added += num_nodes * _fit(kind, resources, labels)
+            may_be_added += num_nodes * num_fitting(kind, resources, labels)
             room -= num_nodes
-        return sum(_fit(node, resources, labels) for node in alive) + may_be_added
+        return sum(num_fitting(node, resources, labels) for node in alive) + may_be_added
 
     def cannot_offer(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> bool:
         """Return whether no node, alive or not yet started, can ever run a worker with these resources."""
         is_known = self.node_types is not None
-        return is_known and not any(_fit(kind, resources, labels) for kind in self.kinds)
+        return is_known and not any(num_fitting(kind, resources, labels) for kind in self.kinds)
 
     def __str__(self) -> str:
         has = _listed(node.resources for node in self.nodes) or "no CPU"
@@ -94,12 +94,31 @@ class Cluster:
         )
 
 
-def _fit(node: Node | NodeType, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
+def num_fitting(node: Node | NodeType, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
     """Return how many workers fit on one node if nothing else runs there; unknown labels fit."""
     if node.labels is not None and not has_labels(node.labels, labels):
         return 0
     needs = {name: amount for name, amount in resources.items() if amount}
     return min((math.floor(node.resources.get(n, 0.0) / amount) for n, amount in needs.items()), default=1)
+
+
+def has_labels(labels: Mapping[str, str], selectors: Mapping[str, str]) -> bool:
+    """Return whether a node with these labels is one that all selectors choose, as Ray evaluates them.
+
+    Args:
+        selectors: by the key of a label: a value, `!value`, `in(a, b)` or `!in(a, b)`. As in Ray, the negated
+            ones choose a node without the label.
+    """
+    return all(_chooses(selector, labels.get(key)) for key, selector in selectors.items())
+
+
+def _chooses(selector: str, value: str | None) -> bool:
+    wanted = selector.removeprefix("!")
+    if wanted.startswith("in(") and wanted.endswith(")"):
+        is_among = value in [each.strip() for each in wanted[3:-1].split(",")]
+    else:
+        is_among = value == wanted
+    return is_among != selector.startswith("!")
 
 
 def _listed(resources: Iterable[Mapping[str, float]]) -> str:
@@ -116,7 +135,11 @@ def look_at_cluster() -> Cluster:
     """Describe the Ray to which this process is connected."""
     from ray._private import worker
 
-    nodes = tuple(Node(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"])
+    nodes = tuple(
+        Node(node["Resources"], node.get("Labels") or {}, node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"]
+    )
     started_here = worker._global_node is not None and worker._global_node.head
     if started_here:
         return Cluster(nodes)

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.errors import InputError, RefusedByCluster
 from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.shards import Shard
-from pipeline.placement.labels import has_labels
+from pipeline.placement.cluster import Cluster, num_fitting
 from pipeline.placement.reservations import Reservation
 from pipeline.storage.folder import PROBE, Folder
 from pipeline.storage.retrying_file import open_below
@@ -67,7 +67,9 @@ def refuse_relative(name: str, places: Sequence[str]) -> None:
             )
 
 
-def check_storage(folder: Folder, shards: Sequence[Shard], read: Reservation, say: Say) -> None:
+def check_storage(
+    folder: Folder, shards: Sequence[Shard], cluster: Cluster, read: Reservation, say: Say
+) -> None:
     """Refuse an output that a node does not share, and an input of which a reading node opens no file.
 
     Args:
@@ -79,19 +81,14 @@ def check_storage(folder: Folder, shards: Sequence[Shard], read: Reservation, sa
     Raises:
         RefusedByCluster: a node does not see what it needs; nothing is written.
     """
+    sample = evenly_spaced(shards, MAX_SAMPLE)
     proof = f"{PROBE}{uuid.uuid4().hex}"
     folder.put(proof, b"")
     try:
-        _refuse_what_nodes_miss(folder, proof, shards, read, say)
+        sights = _sights(folder, proof, sample, cluster, read, say)
     finally:
         folder.delete(proof)
-
-
-def _refuse_what_nodes_miss(
-    folder: Folder, proof: str, shards: Sequence[Shard], read: Reservation, say: Say
-) -> None:
-    sample = evenly_spaced(shards, MAX_SAMPLE)
-    for sight in _sights(folder, proof, sample, read, say):
+    for sight in sights:
         if sight.output is not None:
             raise RefusedByCluster(
                 f"output must be storage that all nodes share, got {folder}: on node {sight.node}, "
@@ -104,15 +101,16 @@ def _refuse_what_nodes_miss(
             )
 
 
-def _sights(folder: Folder, proof: str, sample: Sequence[Shard], read: Reservation, say: Say) -> list[Sight]:
+def _sights(
+    folder: Folder, proof: str, sample: Sequence[Shard], cluster: Cluster, read: Reservation, say: Say
+) -> list[Sight]:
     """Ask the nodes that are alive; if none of them reads, wait for the first that does."""
     look = ray.remote(look_at_storage)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    reading = [node for node in nodes if _can_run(node, read)]
+    reading = [node for node in cluster.nodes if num_fitting(node, {"CPU": read.num_cpus}, read.labels)]
     arguments = (folder, proof)
     answers = []
-    for node in [*reading, *(node for node in nodes if node not in reading)][:MAX_NODES]:
-        on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    for node in [*reading, *(node for node in cluster.nodes if node not in reading)][:MAX_NODES]:
+        on_node = NodeAffinitySchedulingStrategy(node.id, soft=False)
         files = sample if node in reading else []
         answers.append(look.options(num_cpus=0, scheduling_strategy=on_node).remote(*arguments, files))
     done, _ = ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S)
@@ -121,11 +119,6 @@ def _sights(folder: Folder, proof: str, sample: Sequence[Shard], read: Reservati
         answer = look.options(**read.options).remote(*arguments, sample)
         sights.append(wait_for(answer, f"the first reading worker ({read})", say))
     return sights
-
-
-def _can_run(node: dict[str, Any], read: Reservation) -> bool:
-    is_chosen = has_labels(node.get("Labels") or {}, read.labels)
-    return is_chosen and node["Resources"].get("CPU", 0.0) >= read.num_cpus
 
 
 def _sight(answer: Any) -> Sight | None:

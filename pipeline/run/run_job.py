@@ -123,7 +123,8 @@ def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Conso
     reservations = reserve(job.settings.placement, cluster, job.engine)
     if not cluster.is_local:
         shards = [progress.shard for progress in left] or job.part.shards
-        check_storage(job.ledger.folder.with_retries(0.0), shards, reservations.read, console.say)
+        folder = job.ledger.folder.with_retries(0.0)
+        check_storage(folder, shards, cluster, reservations.read, console.say)
     if job.asks_worker:
         job = job.with_answer(ask_first_worker(job.engine, reservations, console.say))
     return job

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ray._private.label_utils import validate_label_selector_value
 
-from pipeline.placement.labels import has_labels
+from pipeline.placement.cluster import has_labels
 
 
 @pytest.mark.parametrize(
