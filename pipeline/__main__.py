@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from pipeline.errors import Interrupted
 from pipeline.progress import write
+from pipeline.progress.writing import open_missing_streams
 from pipeline.storage.secrets import hide_secrets
 
 WRONG_INSTALLATION = 3
@@ -37,19 +38,6 @@ def run() -> NoReturn:
     status = main()
     write(sys.stderr, "")
     os._exit(status)
-
-
-def open_missing_streams() -> None:
-    """Open the null device in place of each standard stream that the process was started without (`2>&-`).
-
-    Else the next file gets the number of the stream, and what native code prints is written to it.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
-            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def main() -> int:

@@ -26,6 +26,21 @@ _lost: OSError | None = None
 _is_read = True
 
 
+def open_missing_streams() -> None:
+    """Open the null device in place of each standard stream that the process was started without (`2>&-`).
+
+    Else the next file gets the number of the stream, and what native code prints is written to it.
+    """
+    global _is_read
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+            _is_read = _is_read and name != "stdout"
+
+
 def lost_output() -> OSError | None:
     """Return why standard output has taken nothing more, such as a full disk; None while its reader is there,
     or has gone."""
@@ -33,7 +48,7 @@ def lost_output() -> OSError | None:
 
 
 def is_read() -> bool:
-    """Return whether standard output still takes what is written; it may have lost its reader, or be full."""
+    """Return whether standard output takes what is written; it may be closed, full, or without its reader."""
     return _is_read
 
 

@@ -7,6 +7,9 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +128,14 @@ def test_watching_ends_when_nobody_reads(folder, monkeypatch, error):
         monkeypatch.setattr(writing, "_lost", None)
         monkeypatch.setattr(command.time, "sleep", lambda seconds: pytest.fail("it goes on"))
         assert main(["status", folder.uri, "--watch"]) == (1 if error == errno.ENOSPC else 0)
+
+
+def test_watching_ends_if_nobody_could_ever_read(folder):
+    """`blip2 status --watch >&-` went on for as long as the run."""
+    words = [sys.executable, "-m", "pipeline", "status", folder.uri, "--watch"]
+    with Lease(folder):
+        done = subprocess.run(["/bin/sh", "-c", f"exec {shlex.join(words)} >&-"], timeout=60)
+    assert done.returncode == 0
 
 
 def test_a_driver_of_another_machine_without_a_heartbeat_is_not_watched_forever(folder):
