@@ -58,21 +58,20 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     if run is not None and run.predates_generation_config:
         settings = settings.without_generation_config()
     new = _list_input(settings) if run is None else None  # before the model, whose imports take seconds
-    wanted = engine or settings.builder
+    given, wanted = settings, engine or settings.builder
     engine, info = _describe(wanted, run)
-    given = settings.resolved(info)
-    settings = with_pinned_scores(given, engine, info, run)
+    resolved = settings.resolved(info)
+    settings = with_pinned_scores(resolved, engine, info, run)
     settings.spec(engine).check(info)
     if run is not None and settings.fork and not _continues(run, settings, info):
-        given, ledger, run = _find_fork(given, ledger, _in_any_dtype(wanted))
-        engine, info = _describe(wanted, run)
-        settings = with_pinned_scores(given, engine, info, run)
-        new = _list_input(settings) if run is None else None
+        output = _find_fork(resolved, ledger, _in_any_dtype(wanted))
+        fork = prepare(dataclasses.replace(given, output=output, fork=False), wanted)
+        return dataclasses.replace(fork, stop_at=stop_at)
     if run is None:
         assert new is not None
         listing, kept = new
         _check_output(ledger, listing)
-        run = begin_run(settings.fingerprint(info), given, listing, kept)
+        run = begin_run(settings.fingerprint(info), resolved, listing, kept)
         run = dataclasses.replace(run, quantization=getattr(engine, "quantization_choice", None))
         return Job(
             settings,
@@ -160,29 +159,20 @@ def _continues(run: Run, settings: CaptionSettings, info: ModelInfo) -> bool:
     return run.continues(settings.in_version(run.schema_version).fingerprint(info), settings.input)
 
 
-def _find_fork(
-    settings: CaptionSettings, ledger: Ledger, infos: Sequence[ModelInfo]
-) -> tuple[CaptionSettings, Ledger, Run | None]:
-    """Return the fork that the same command has begun before, or one that is to begin.
+def _find_fork(settings: CaptionSettings, ledger: Ledger, infos: Sequence[ModelInfo]) -> str:
+    """Return the URI of the fork that the same command has begun before, or of one that is to begin.
 
-    Its folder is named by its fingerprint, so that the same command resumes the same fork.
+    It is named by its fingerprint, so that the same command resumes the same fork.
 
     Args:
         infos: the model in each dtype that the fork may have; a new one is named by the first.
     """
-
-    def fork(info: ModelInfo, version: int) -> tuple[CaptionSettings, Ledger]:
-        digest = settings.in_version(version).fingerprint(info).digest
-        named = dataclasses.replace(settings, output=ledger.folder.sibling_uri(digest[:8]))
-        return named, Ledger(Folder(named.output))
-
-    for info in infos:
-        for version in range(1, SCHEMA_VERSION + 1):
-            named, of_fork = fork(info, version)
-            run = of_fork.load(settings.input)
-            if run is not None:
-                return named, of_fork, run
-    return *fork(infos[0], SCHEMA_VERSION), None
+    uris = [
+        ledger.folder.sibling_uri(settings.in_version(version).fingerprint(info).digest[:8])
+        for info in infos
+        for version in range(SCHEMA_VERSION, 0, -1)
+    ]
+    return next((uri for uri in uris if Ledger(Folder(uri)).load(settings.input) is not None), uris[0])
 
 
 def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, takes_new: bool = False) -> Job:
