@@ -26,6 +26,9 @@ from deploy.observe.logs import serve_logging
 from deploy.observe.tracing import serve_environment
 from deploy.settings import ServeSettings
 
+ENDED_WITHIN_S = 10.0
+"""How long processes that are killed may take to end."""
+
 
 class RayStartFailed(RuntimeError):
     """Ray did not come up on this machine; the message says what to do."""
@@ -172,7 +175,7 @@ def _start_ray(settings: ServeSettings) -> None:
                 _metrics_export_port=settings.metrics_port,
             )
     except Exception as error:  # Ray raises a plain Exception when one of its processes comes up too late
-        _end_started_processes(error)
+        _end_started_processes()
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise RayStartFailed(
             f"Ray did not start on this machine: {reason}; {ray_start_remedy(error)}"
@@ -199,31 +202,18 @@ def _without_idle_processes() -> Iterator[None]:
             setattr(Node, name, start)
 
 
-def _end_started_processes(error: Exception) -> None:
-    """End what a failed `ray.init` has started.
+def _end_started_processes() -> None:
+    """End what a failed `ray.init` has started: `ray.shutdown` ends no node whose constructor has raised.
 
-    Ray keeps no reference to a node whose constructor has raised, so `ray.shutdown` cannot end its
-    processes. The node is still in the traceback. A raylet ends its agents only if it has the time to end in
-    good order, so the agents are killed here.
+    The agents of a raylet that is killed would run on, so they are killed too.
     """
     import psutil
-    from ray._private.node import Node
 
-    trace = error.__traceback__
-    while trace is not None:
-        node = trace.tb_frame.f_locals.get("self")
-        if isinstance(node, Node):
-            agents: list[psutil.Process] = []
-            for started in node.all_processes.values():
-                for info in started:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        agents += psutil.Process(info.process.pid).children(recursive=True)
-            node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
-            for agent in agents:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    agent.kill()
-            return
-        trace = trace.tb_next
+    started = psutil.Process().children(recursive=True)
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(started, timeout=ENDED_WITHIN_S)
 
 
 def _wait_until_running(stop: threading.Event) -> bool:
