@@ -44,10 +44,13 @@ class Job:
     """Names of the shards whose output is no longer valid, because their input has changed."""
     is_revised: bool = False
     """Whether `run` has other shards than its stored record."""
-    run_slice: RunSlice | None = None
-    """The part of the shards that this job works on, next to other drivers; None means all."""
     notes: tuple[str, ...] = ()
     """What a person must know of the input, said at the start."""
+
+    @property
+    def run_slice(self) -> RunSlice | None:
+        """The part of the shards that this job works on, next to other drivers; None means all."""
+        return self.settings.run_slice
 
     @cached_property
     def part(self) -> Run:

@@ -82,15 +82,12 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             is_new=True,
             asks_worker=(is_cluster() and leaves_dtype_open(engine)) or leaves_quantization_open(engine),
             stop_at=stop_at,
-            run_slice=settings.run_slice,
             notes=(*listing.notes, *notes_on_formats(listing.shards)),
         )
     settings = settings.in_version(run.schema_version)
     run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)
     _check_begun_output(ledger)
-    job = Job(
-        settings, engine, info, ledger, run, is_new=False, stop_at=stop_at, run_slice=settings.run_slice
-    )
+    job = Job(settings, engine, info, ledger, run, is_new=False, stop_at=stop_at)
     return _with_current_input(job, settings.input, settings.redo_changed, settings.add_new)
 
 
