@@ -44,13 +44,8 @@ def _start(settings: Any, prepared: Callable[[], Job]) -> int:
     with _refusal_kept(settings.output, type(settings)):
         with before_work(type(settings)):
             job = prepared()
-        return _run(job)
-
-
-def _run(job: Job) -> int:
-    console = Console()
-    result = run_job(job, console)
-    return tell_outcome(console, job, result)
+        console = Console()
+        return tell_outcome(console, job, run_job(job, console))
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from pipeline.caption_counts import CaptionCounts
-from pipeline.cli.commands import _run
+from pipeline.cli.commands import caption
 from pipeline.cli.main import make_parser
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.progress import Console, choose_style
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.show import outcome
 from pipeline.show.outcome import tell_outcome
 from pipeline.storage.folder import Folder
@@ -101,8 +102,9 @@ def test_the_commands_are_commands(finished):
 
 def test_a_command_ends_with_them(finished, monkeypatch, capsys):
     folder, done = finished
+    monkeypatch.setattr("pipeline.cli.commands.prepare", lambda settings, engine: job_of(folder))
     monkeypatch.setattr("pipeline.cli.commands.run_job", lambda job, console: done)
-    assert _run(job_of(folder)) == 0
+    assert caption(CaptionSettings(input=("in",), output=folder.uri)) == 0
     assert capsys.readouterr().out.splitlines()[-13:] == outcome_lines(folder, done)
 
 
@@ -142,15 +144,12 @@ def test_a_program_reads_how_a_run_has_ended(finished, capsys):
 
 
 @pytest.mark.parametrize(("allowed", "status"), [(1.0, 0), (0.5, 2)])
-def test_the_share_of_flagged_captions_decides_the_exit_status_of_a_command(
-    finished, monkeypatch, allowed, status
-):
+def test_the_share_of_flagged_captions_decides_the_exit_status_of_a_command(finished, allowed, status):
     folder, done = finished
     flagged = CaptionCounts(num_captions=10, num_flagged=6)
     summaries = tuple(dataclasses.replace(summary, captions=flagged) for summary in done.summaries)
     result = dataclasses.replace(done, summaries=summaries)
-    monkeypatch.setattr("pipeline.cli.commands.run_job", lambda job, console: result)
-    assert _run(job_of(folder, allowed_flagged=allowed)) == status
+    assert tell_outcome(Console(), job_of(folder, allowed_flagged=allowed), result) == status
 
 
 def test_a_run_without_failures_needs_no_retry(finished):
