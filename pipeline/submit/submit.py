@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, OutputInUse
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.progress import Console, count, format_bytes
 from pipeline.storage.secrets import hide_secrets
@@ -34,9 +33,11 @@ def submit(settings: SubmitSettings) -> int:
     if running is not None:
         submission_id = str(running.submission_id)
         if running.entrypoint != command.entrypoint:
-            other = _other_command(submission_id, str(running.entrypoint), command)
-            Console(sys.stderr).error(f"blip2: {other}")
-            return ExitStatus.FAILED
+            raise OutputInUse(
+                f"the job {submission_id} works on {command.output} already, with another command: "
+                f"{hide_secrets(str(running.entrypoint))}; wait for it, or stop it with "
+                f"ray job stop {submission_id}"
+            )
         console.say(f"the job {submission_id} runs already; its log from the beginning:")
     else:
         with packed() as package:
@@ -55,13 +56,6 @@ def submit(settings: SubmitSettings) -> int:
         console.say(f"the job {submission_id} goes on; the same command follows its log again")
         raise
     return _end(job.status.value, job.driver_exit_code, command, submission_id, console)
-
-
-def _other_command(submission_id: str, entrypoint: str, command: JobCommand) -> str:
-    return (
-        f"the job {submission_id} works on {command.output} already, with another command: "
-        f"{hide_secrets(entrypoint)}; wait for it, or stop it with ray job stop {submission_id}"
-    )
 
 
 def _end(
