@@ -12,7 +12,7 @@ from typing import Any
 from blip2_actor.flags import Parser, flag_names
 from blip2_actor.installation import require_packages
 from pipeline.cli.command_table import COMMANDS, COMPLETION, CONFIG, SERVE
-from pipeline.cli.serve import deployment_command, deployment_environment
+from pipeline.cli.serve import deployment
 from pipeline.progress import write
 
 SHELLS = {
@@ -88,10 +88,6 @@ def _copy_flags(parser: Parser, plain: argparse.ArgumentParser) -> None:
 
 def _flags_of_serve() -> list[str]:
     """Return the flags of `blip2 serve`, which the endpoint knows."""
-    done = subprocess.run(
-        deployment_command([CONFIG, "--json"]),
-        env=deployment_environment(),
-        stdout=subprocess.PIPE,
-        check=True,
-    )
+    command, environment = deployment([CONFIG, "--json"])
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     return [setting["flag"] for setting in json.loads(done.stdout)["settings"]]

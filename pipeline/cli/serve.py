@@ -12,20 +12,16 @@ from blip2_actor.installation import ROOT
 
 def become_deployment(arguments: Sequence[str]) -> NoReturn:
     """Replace this process with `python -m deploy`; signals and exit status are those of the endpoint."""
-    command = deployment_command(arguments)
-    os.execve(command[0], command, deployment_environment())
+    command, environment = deployment(arguments)
+    os.execve(command[0], command, environment)
 
 
-def deployment_command(arguments: Sequence[str]) -> list[str]:
-    """Return the command line of `python -m deploy`.
+def deployment(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the command line and the environment of `python -m deploy`.
 
     A user's own `deploy.py` or `deploy/` must not be started instead: -P keeps the working folder out of the
-    import path, and `deployment_environment` puts our folder before all others that PYTHONPATH names.
+    import path, and our folder stands before all others that PYTHONPATH names.
     """
-    return [sys.executable, "-P", "-m", "deploy", *arguments]
-
-
-def deployment_environment() -> dict[str, str]:
-    """Return the environment of `python -m deploy`."""
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return [sys.executable, "-P", "-m", "deploy", *arguments], environment
