@@ -140,7 +140,13 @@ def reason_of(response: http.client.HTTPResponse, content: bytes) -> str:
     place = response.headers.get("Location")
     if place is not None and 300 <= response.status < 400:
         return f"a redirect to {place}, which is not followed; name that address"
+    return str(error_in(content).get("message", "")) or response.reason
+
+
+def error_in(content: bytes) -> Mapping[str, Any]:
+    """Return the error that an answer holds; empty if it is none of this project."""
     try:
-        return str(json.loads(content)["error"]["message"]) or response.reason
+        error = json.loads(content)["error"]
     except (ValueError, KeyError, TypeError):
-        return response.reason
+        return {}
+    return error if isinstance(error, dict) else {}

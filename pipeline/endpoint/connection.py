@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Generator
 
 from pipeline.endpoint.batch_requests import Outcome, outcome_of
-from pipeline.endpoint.client import Endpoint, pause_s, reason_of
+from pipeline.endpoint.client import Endpoint, error_in, pause_s, reason_of
 
 SILENT_S = 60.0
 """The endpoint sends an empty line each second; after this long without any, it is gone."""
@@ -62,7 +62,8 @@ class Connection:
         if response.status != 200:
             content = response.read()
             pause = pause_s(response.headers.get("Retry-After"))
-            raise WorkRefused(response.status, _type_in(content), reason_of(response, content), pause)
+            kind_of_error = str(error_in(content).get("type", ""))
+            raise WorkRefused(response.status, kind_of_error, reason_of(response, content), pause)
         on_admitted()
         try:
             for line in response:
@@ -99,10 +100,3 @@ class Connection:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def _type_in(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["error"]["type"])
-    except (ValueError, KeyError, TypeError):
-        return ""
