@@ -27,26 +27,21 @@ class Reservation:
     """What one worker of a stage reserves."""
 
     num_cpus: float = 0.0
-    num_gpus: float = 0.0
-    resources: Mapping[str, float] = field(default_factory=dict)
-    """Of other names than CPU and GPU."""
+    accelerators: Mapping[str, float] = field(default_factory=dict)
+    """By their names in Ray; empty on CPUs."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Label selectors of the nodes on which the worker may run."""
 
     @property
     def options(self) -> dict[str, Any]:
         """As tasks, actors and datasets of Ray take it."""
+        others = {name: amount for name, amount in self.accelerators.items() if name != "GPU"}
         return {
             "num_cpus": self.num_cpus,
-            "num_gpus": self.num_gpus or None,
-            "resources": dict(self.resources) or None,
+            "num_gpus": self.accelerators.get("GPU"),
+            "resources": others or None,
             "label_selector": dict(self.labels) or None,
         }
-
-    @property
-    def accelerators(self) -> dict[str, float]:
-        """The accelerators by their names in Ray; empty on CPUs."""
-        return {**({"GPU": self.num_gpus} if self.num_gpus else {}), **self.resources}
 
     def __str__(self) -> str:
         cpus = {"CPU": self.num_cpus} if self.num_cpus else {}
@@ -113,17 +108,15 @@ def reserve(
     read = Reservation(_share(cluster, placement.labels("read")) / 2, labels=placement.labels("read"))
     decode = Reservation(_share(cluster, placement.labels("decode")), labels=placement.labels("decode"))
     wanted = accelerators_of(placement, cluster, engine)
-    caption = Reservation(
-        num_gpus=wanted.pop("GPU", 0.0), resources=wanted, labels=placement.labels("caption")
-    )
+    caption = Reservation(accelerators=wanted, labels=placement.labels("caption"))
     min_actors, max_actors, num_threads = placement.min_actors, placement.max_actors, None
-    if caption.accelerators:
+    if wanted:
+        offered = cluster.fitting(wanted, caption.labels)
         # Ray Data limits a pool by the GPUs of all nodes, and by no other accelerators.
-        is_limited_by_ray = not (cluster.is_local or caption.resources or caption.labels)
+        is_limited_by_ray = not cluster.is_local and wanted.keys() == {"GPU"} and not caption.labels
         if max_actors is None and not is_limited_by_ray:
-            max_actors = max(min_actors, cluster.fitting(caption.accelerators, caption.labels))
+            max_actors = max(min_actors, offered)
         if cluster.node_types:
-            offered = cluster.fitting(caption.accelerators, caption.labels)
             min_actors = max(min_actors, min(num_shards, offered, max_actors or offered))
     elif getattr(engine, "is_remote", False):  # its workers only send and wait
         caption = dataclasses.replace(caption, num_cpus=_share(cluster, caption.labels) / 2)

@@ -55,7 +55,7 @@ def caption_pool(placement: Placement, reservations: Reservations) -> dict[str, 
     it.
     """
     return {
-        "batch_size": CALL_ROWS if reservations.caption.num_gpus else None,
+        "batch_size": CALL_ROWS if reservations.caption.accelerators.get("GPU") else None,
         "batch_format": "pyarrow",
         "compute": ActorPoolStrategy(
             min_size=reservations.min_actors,

@@ -100,13 +100,13 @@ def test_a_cluster_without_accelerators_is_refused_and_the_remedy_named():
 
 
 def test_unknown_node_types_are_not_refused():
-    assert placed(Cluster((HEAD,), None, is_local=False)).caption.num_gpus == 1
+    assert placed(Cluster((HEAD,), None, is_local=False)).caption.accelerators["GPU"] == 1
 
 
 def test_one_machine_takes_what_it_has():
     assert not placed(machine(4)).caption.accelerators
     needs = placed(machine(4, 2))
-    assert (needs.caption.num_gpus, needs.min_actors, needs.max_actors) == (1, 1, 2)
+    assert (needs.caption.accelerators["GPU"], needs.min_actors, needs.max_actors) == (1, 1, 2)
     with pytest.raises(RefusedByCluster, match="this machine has 4 CPU"):
         placed(machine(4), gpus_per_actor=1)
 
@@ -134,14 +134,16 @@ def test_other_accelerators_and_parts_of_a_gpu():
 def test_a_split_model_takes_all_cards_of_one_node():
     nodes = (Node({"CPU": 8.0, "GPU": 4.0}), Node({"CPU": 8.0, "GPU": 1.0}))
     needs = placed(Cluster(nodes), EngineConfig(model="demo", device_map="auto"))
-    assert (needs.caption.num_gpus, needs.max_actors) == (4, 1)
+    assert (needs.caption.accelerators["GPU"], needs.max_actors) == (4, 1)
 
 
 def test_types_and_labels_choose_the_nodes():
     big = NodeType("big", 2, {"CPU": 8.0, "GPU": 1.0, "accelerator_type:H100": 1.0}, {"pool": "big"})
     cluster = Cluster((HEAD,), (CPU_TYPE, GPU_TYPE, big), is_local=False)
     typed = placed(cluster, accelerator_type="H100")
-    assert typed.caption.resources == {"accelerator_type:H100": 0.001} and typed.max_actors == 2
+    assert (
+        typed.caption.accelerators == {"GPU": 1.0, "accelerator_type:H100": 0.001} and typed.max_actors == 2
+    )
     labeled = placed(cluster, caption_label=("pool=big",), decode_label=("pool=cpu",))
     assert labeled.max_actors == 2 and labeled.decode.options["label_selector"] == {"pool": "cpu"}
     with pytest.raises(RefusedByCluster, match="needs 1 GPU, pool=small"):
@@ -160,9 +162,9 @@ def test_each_stage_is_sized_by_the_nodes_that_its_labels_choose():
     needs = placed(cluster, decode_label=("pool=small",), read_label=("pool=small",))
     assert (needs.decode.num_cpus, needs.read.num_cpus) == (0.5, 0.25)
     split = EngineConfig(model="demo", device_map="auto")
-    assert placed(cluster, split).caption.num_gpus == 8
-    assert placed(cluster, split, caption_label=("pool=small",)).caption.num_gpus == 2
-    assert placed(cluster, split, accelerator_type="L4").caption.num_gpus == 2
+    assert placed(cluster, split).caption.accelerators["GPU"] == 8
+    assert placed(cluster, split, caption_label=("pool=small",)).caption.accelerators["GPU"] == 2
+    assert placed(cluster, split, accelerator_type="L4").caption.accelerators["GPU"] == 2
     assert placed(cluster, ON_CPU, max_actors=1, caption_label=("pool=small",)).num_threads == 2
 
 
@@ -193,7 +195,7 @@ def test_a_head_whose_nodes_are_yet_to_join_is_waited_for():
 def test_a_node_that_is_alive_may_have_more_than_its_type_says():
     node = Node({"CPU": 8.0, "GPU": 1.0}, {"ray.io/node-group": "bare"})
     cluster = Cluster((HEAD, node), (NodeType("bare", 4, {}),), is_local=False)
-    assert placed(cluster).caption.num_gpus == 1
+    assert placed(cluster).caption.accelerators["GPU"] == 1
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class NoDevice:
 def test_an_engine_without_a_device_takes_what_is_there():
     builder: Any = NoDevice()
     assert not placed(CPUS_ONLY, builder).caption.accelerators
-    assert placed(GROWING, builder).caption.num_gpus == 1
+    assert placed(GROWING, builder).caption.accelerators["GPU"] == 1
 
 
 def test_a_device_that_is_left_out_is_waited_for_only_if_nodes_may_come():
