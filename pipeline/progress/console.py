@@ -81,7 +81,7 @@ class Console:
     def is_quiet(self) -> bool:
         return _style == "quiet"
 
-    def say(self, text: str = "") -> None:
+    def say(self, text: str) -> None:
         """Print a note, which nobody needs who has asked for quiet."""
         self._print("note", text)
 
@@ -90,7 +90,7 @@ class Console:
         if not self.is_json:
             write(self._stream, "\x1b[2J\x1b[H" if self._is_terminal else "\n")
 
-    def result(self, text: str = "") -> None:
+    def result(self, text: str) -> None:
         """Print a line of what the command was asked for."""
         self._print("result", text)
 

@@ -40,25 +40,18 @@ class ProgressSnapshot:
         """Read what a heartbeat holds; fields of a newer version are left out."""
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
-    def line(self, max_chars: int | None = None) -> str:
-        """Return the progress on one line.
+    def line(self) -> str:
+        """Return the progress on one line."""
+        return SEPARATOR.join(self._all_parts().values())
+
+    def parts(self, max_chars: int, without: tuple[str, ...] = ()) -> dict[str, str]:
+        """Return the parts of a line that must not be longer, by their names, in order.
 
         Args:
-            max_chars: leave out what does not fit, the least important first; a line that still does not fit
-                is cut. None leaves out nothing.
-        """
-        return SEPARATOR.join(self.parts(max_chars).values())
-
-    def parts(self, max_chars: int | None = None, without: tuple[str, ...] = ()) -> dict[str, str]:
-        """Return the parts of the line by their names, in order.
-
-        Args:
-            max_chars: as in `line`.
+            max_chars: leave out what does not fit, the least important first; what still does not fit is cut.
             without: parts that are shown elsewhere.
         """
         parts = {name: text for name, text in self._all_parts().items() if name not in without}
-        if max_chars is None:
-            return parts
         if "trouble" in parts:
             parts["trouble"] = cut(parts["trouble"], max_chars)
         kept: list[str] = []

@@ -24,11 +24,15 @@ def test_a_narrow_line_leaves_out_what_matters_least():
         left_s=60.0,
         busy={"decode": 0.5},
     )
-    assert now.line(120) == now.line()
-    assert now.line(70) == "12 images · 4.5/s · 3 failed · shards 1/2 · ETA 1 min"
-    assert now.line(45) == "12 images · 4.5/s · 3 failed · ETA 1 min"
-    assert now.line(25) == "12 images · ETA 1 min"
-    assert now.line(5) == "12 i…"
+
+    def line(max_chars: int) -> str:
+        return " · ".join(now.parts(max_chars).values())
+
+    assert line(120) == now.line()
+    assert line(70) == "12 images · 4.5/s · 3 failed · shards 1/2 · ETA 1 min"
+    assert line(45) == "12 images · 4.5/s · 3 failed · ETA 1 min"
+    assert line(25) == "12 images · ETA 1 min"
+    assert line(5) == "12 i…"
 
 
 def test_a_duration_has_at_most_two_units():
