@@ -40,39 +40,29 @@ def test_a_local_ray_that_does_not_start_says_what_to_do(failing, monkeypatch, k
     assert "run the same command again; its logs: " in said and said.endswith("/logs")
 
 
+FOLDER = "it keeps its files in /somewhere/ray; set RAY_TMPDIR to "
+MACHINE = "when the machine is busy or short of memory or disk space, wait or free some"
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("error", "remedy"),
     [
-        PermissionError(errno.EACCES, "Permission denied"),
-        OSError(errno.EROFS, "Read-only file system"),
-        OSError("AF_UNIX path length cannot exceed 107 bytes"),
-        UnicodeEncodeError("ascii", "/tmp/\xe9", 5, 6, "ordinal not in range(128)"),
+        (PermissionError(errno.EACCES, "Permission denied"), FOLDER),
+        (OSError(errno.EROFS, "Read-only file system"), FOLDER),
+        (OSError("AF_UNIX path length cannot exceed 107 bytes"), FOLDER),
+        (UnicodeEncodeError("ascii", "/tmp/\xe9", 5, 6, "ordinal not in range(128)"), FOLDER),
+        (OSError(errno.ENOSPC, "No space left on device"), MACHINE),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/usr/lib/raylet"), MACHINE),
+        (OSError("Failed to start the dashboard"), MACHINE),
     ],
-    ids=["denied", "read-only", "too long", "not ASCII"],
+    ids=["denied", "read-only", "too long", "not ASCII", "full", "a program is missing", "another reason"],
 )
-def test_a_folder_that_ray_cannot_use_is_named(failing, monkeypatch, error):
+def test_the_folder_of_ray_is_named_if_it_cannot_be_used(failing, monkeypatch, error, remedy):
     """The remedy was to wait until the machine has memory, and the logs were said to be in /tmp."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", "/somewhere")
     failing(error)
-    with pytest.raises(RayStartFailed, match=r"; it keeps its files in /somewhere/ray; set RAY_TMPDIR to "):
-        start_ray()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        FileNotFoundError(errno.ENOENT, "No such file or directory", "/usr/lib/raylet"),
-        OSError("Failed to start the dashboard"),
-    ],
-    ids=["full", "a program is missing", "another reason"],
-)
-def test_other_errors_are_not_of_the_folder(failing, monkeypatch, error):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", "/somewhere")
-    failing(error)
-    with pytest.raises(RayStartFailed, match=r"short of memory or disk space, wait or free some"):
+    with pytest.raises(RayStartFailed, match=f"; {remedy}"):
         start_ray()
 
 

@@ -119,15 +119,6 @@ def test_two_kinds_of_prompt_are_refused():
         )
 
 
-@pytest.mark.parametrize(
-    "changes", [{"prompt": "unservable"}, {"outputs": Outputs(ask=("a=unservable",))}], ids=["prompt", "ask"]
-)
-def test_a_prompt_that_the_model_cannot_take_is_refused_before_work_begins(changes):
-    spec = CaptionSpec(engine=FakeEngineConfig(), **changes)
-    with pytest.raises(ValueError, match="prompt must be servable"):
-        spec.check(spec.engine.info())
-
-
 def test_an_empty_name_of_a_folder_is_refused():
     """Python takes it for the working folder; names of runs and inputs go through `open_filesystem`."""
     with pytest.raises(ValueError, match="into must be a folder on this machine, got ''"):
