@@ -38,24 +38,24 @@ def leaves_dtype_open(engine: EngineBuilder) -> bool:
     return getattr(engine, "dtype", None) == AUTO
 
 
-def with_dtype(engine: EngineBuilder, dtype: str) -> EngineBuilder:
-    """Return the engine with a dtype, if it leaves that open."""
-    known: Any = engine
-    return dataclasses.replace(known, dtype=dtype) if leaves_dtype_open(engine) else engine
-
-
 def leaves_quantization_open(engine: EngineBuilder) -> bool:
     """Return whether a measurement decides which parts are quantized."""
     is_wanted = getattr(engine, "quantize", None) is not None
     return is_wanted and getattr(engine, "quantization_choice", None) is None
 
 
-def with_quantization(engine: EngineBuilder, choice: QuantizationChoice | None) -> EngineBuilder:
-    """Return the engine with what its run quantizes, if that is known and of the engine's method."""
+def as_answered(engine: EngineBuilder, dtype: str, choice: QuantizationChoice | None) -> EngineBuilder:
+    """Return the engine with what a worker has answered, or a run has recorded, of what it leaves open.
+
+    Args:
+        choice: what is quantized; None, or of another method, leaves that open.
+    """
     known: Any = engine
-    if choice is None or choice.method != getattr(known, "quantize", None):
-        return engine
-    return dataclasses.replace(known, quantization_choice=choice)
+    if leaves_dtype_open(engine):
+        known = dataclasses.replace(known, dtype=dtype)
+    if choice is not None and choice.method == getattr(known, "quantize", None):
+        known = dataclasses.replace(known, quantization_choice=choice)
+    return known
 
 
 def describe_without_device(engine: EngineBuilder) -> ModelInfo:

@@ -14,7 +14,7 @@ from pipeline.ledger.commit import RUN_KEY
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.retry import RowChoice
 from pipeline.ledger.run_record import Run
-from pipeline.placement.first_worker import WorkerAnswer, with_dtype, with_quantization
+from pipeline.placement.first_worker import WorkerAnswer, as_answered
 from pipeline.schema import FINGERPRINT_KEY, RUN_ID_KEY, output_schema
 from pipeline.settings.job_settings import CaptionSettings
 
@@ -65,12 +65,12 @@ class Job:
         info = answer.info
         fingerprint = self.settings.fingerprint(info)
         run = replace(self.run, fingerprint=fingerprint, quantization=answer.quantization)
-        engine = with_quantization(with_dtype(self.engine, info.dtype), answer.quantization)
+        engine = as_answered(self.engine, info.dtype, answer.quantization)
         return replace(self, engine=engine, info=info, run=run, asks_worker=False)
 
     def joining(self, run: Run) -> Job:
         """Return the job as part of a run that another driver has begun."""
-        engine = with_quantization(self.engine, run.quantization)
+        engine = as_answered(self.engine, self.info.dtype, run.quantization)
         return replace(self, engine=engine, ledger=self.ledger.of(run), run=run, is_new=False)
 
     @property

@@ -23,11 +23,10 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.retry import RowChoice, read_keys
 from pipeline.ledger.run_record import Run, begin_run
 from pipeline.placement.first_worker import (
+    as_answered,
     describe_without_device,
     leaves_dtype_open,
     leaves_quantization_open,
-    with_dtype,
-    with_quantization,
 )
 from pipeline.placement.storage_check import refuse_relative
 from pipeline.run.cluster import is_cluster
@@ -137,8 +136,7 @@ def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, Mo
     if isinstance(engine, EndpointConfig):
         engine = engine.with_info()
     if run is not None:
-        engine = with_dtype(engine, run.fingerprint.parts["dtype"])
-        engine = with_quantization(engine, run.quantization)
+        engine = as_answered(engine, run.fingerprint.parts["dtype"], run.quantization)
         engine = without_idle_revision(engine)
         engine = pinned(engine, run.commit_of(getattr(engine, "model", None)))
     info = describe_without_device(engine) if is_cluster() else engine.info()

@@ -9,7 +9,7 @@ import pytest
 
 from blip2_actor import EngineConfig, QuantizationChoice
 from blip2_actor.testing import FakeEngineConfig
-from pipeline.placement.first_worker import WorkerAnswer, describe_without_device, with_dtype
+from pipeline.placement.first_worker import WorkerAnswer, as_answered, describe_without_device
 from pipeline.run.prepare import prepare
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
@@ -42,7 +42,7 @@ def test_a_resume_takes_the_recorded_dtype(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv("RAY_ADDRESS", address)
         again = prepare(settings, AUTO)
         assert not again.asks_worker and again.info.dtype == "bfloat16"
-        assert again.engine == with_dtype(AUTO, "bfloat16")
+        assert again.engine == as_answered(AUTO, "bfloat16", None)
 
 
 def test_a_fork_of_another_dtype_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
