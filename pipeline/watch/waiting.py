@@ -35,20 +35,19 @@ class Reminder:
         self, say: Say, every_s: float = LOG_EVERY_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._say, self._first_s, self._clock = say, every_s, clock
-        self._since: float | None = None
         self._said: str | None = None
-        self._next = 0.0
+        self._next: float | None = None
+        """When to say it again; None while nothing is awaited."""
         self._every_s = every_s
 
     def remind(self, awaited: str | None) -> None:
         """Take what is awaited now; None if nothing is."""
         now = self._clock()
         if awaited is None:
-            self._since = self._said = None
+            self._next = self._said = None
             return
-        if self._since is None:
-            self._since, self._every_s = now, self._first_s
-            self._next = now + self._first_s
+        if self._next is None:
+            self._every_s, self._next = self._first_s, now + self._first_s
         is_news = self._said is not None and awaited != self._said
         if now < self._next and not is_news:
             return
