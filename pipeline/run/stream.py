@@ -49,7 +49,6 @@ def receipts_dataset(
     settings, info = job.settings, job.info
     spec = settings.spec(job.engine)
     context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
     block_bytes = min(
         BLOCK_ROWS * info.image_size_px**2 * 3,
         reservations.max_block_bytes or MAX_BLOCK_BYTES,
