@@ -77,10 +77,6 @@ class Console:
     def is_json(self) -> bool:
         return _style == "json"
 
-    @property
-    def is_quiet(self) -> bool:
-        return _style == "quiet"
-
     def say(self, text: str) -> None:
         """Print a note, which nobody needs who has asked for quiet."""
         self._print("note", text)
@@ -197,7 +193,7 @@ class Console:
             self._keep(event, text)
         if self.is_json:
             self.event(event, text=text.strip())
-        if self.is_json or (self.is_quiet and event == "note"):
+        if self.is_json or (_style == "quiet" and event == "note"):
             return
         text = self._shown(text, color)
         if self._area is not None:
