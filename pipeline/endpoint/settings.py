@@ -41,8 +41,6 @@ class EndpointConfig:
     """The model that the endpoint must serve; None asks for it."""
     device: ClassVar[str] = "cpu"
     """A worker needs no accelerator."""
-    is_remote: ClassVar[bool] = True
-    """A worker needs hardly any CPU."""
 
     def info(self) -> ModelInfo:
         """Return the model of the endpoint.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blip2_actor import EngineBuilder
+from pipeline.endpoint.settings import EndpointConfig
 from pipeline.errors import RefusedByCluster
 from pipeline.placement.cluster import Cluster
 from pipeline.settings.placement import Placement
@@ -118,7 +119,7 @@ def reserve(
             max_actors = max(min_actors, offered)
         if cluster.node_types:
             min_actors = max(min_actors, min(num_shards, offered, max_actors or offered))
-    elif getattr(engine, "is_remote", False):  # its workers only send and wait
+    elif isinstance(engine, EndpointConfig):  # its workers only send and wait
         caption = dataclasses.replace(caption, num_cpus=_share(cluster, caption.labels) / 2)
         max_actors = min_actors if max_actors is None else max_actors
     else:
