@@ -47,12 +47,6 @@ def begin(job: Job) -> None:
     """Begin a run, and leave it as if it were finished, so that it can be retried."""
     job.ledger.begin(job.run)
     for shard in job.run.shards:
-        job.ledger.folder.put(f"{shard.name}.parquet", b"")
-
-
-def finish(job: Job) -> None:
-    """Put a file for each shard, as the end of the run does."""
-    for shard in job.run.shards:
         job.ledger.folder.put(output_name(shard.name), b"")
 
 
@@ -69,7 +63,6 @@ def test_a_new_run_takes_them_and_its_fingerprint_says_so(tmp_path, engine):
     assert parts["generation_config"] == {"max_new_tokens": 12, "num_beams": 5}
     assert (parts["options"]["num_beams"], parts["options"]["max_new_tokens"]) == (5, 30)
     begin(job)
-    finish(job)
     assert chosen(prepare_retry(RetrySettings(output=str(tmp_path / "output")))) == (5, 30)
     with pytest.raises(FingerprintMismatch, match=r"generation_config\.num_beams: 5 -> nothing"):
         prepare(settings(tmp_path, ignoring(engine), generation=GenerationOptions(max_new_tokens=30)))
@@ -89,7 +82,6 @@ def test_a_run_of_a_version_without_them_goes_on_without_them(tmp_path, engine):
         assert not job.is_new
         assert chosen(job) == (1, 30)
         assert job.engine == ignoring(engine)
-    finish(first)
     assert chosen(prepare_retry(RetrySettings(output=str(tmp_path / "output")))) == (1, 30)
     with pytest.raises(FingerprintMismatch, match=r"options\.num_beams: 1 -> 2"):
         prepare(settings(tmp_path, engine, generation=GenerationOptions(num_beams=2)))
@@ -102,7 +94,6 @@ def test_a_run_that_ignores_them_needs_the_flag_again(tmp_path, engine):
     with pytest.raises(FingerprintMismatch, match=r"generation_config\.num_beams: nothing -> 5"):
         prepare(settings(tmp_path, engine))
     assert chosen(prepare(settings(tmp_path, ignoring(engine)))) == (1, 30)
-    finish(first)
     assert chosen(prepare_retry(RetrySettings(output=str(tmp_path / "output")))) == (1, 30)
 
 
