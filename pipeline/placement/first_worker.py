@@ -83,17 +83,15 @@ def ask_first_worker(engine: EngineBuilder, reservations: Reservations, say: Say
         Stopped: the worker has failed for another reason.
     """
     caption = reservations.caption
-    options = caption.options
-    task = ray.remote(_answer).options(**options)
+    task = ray.remote(_answer).options(**caption.options)
     answer = task.remote(resolve_engine(engine, reservations), caption.accelerators)
     try:
         return wait_for(answer, f"the first captioning worker ({caption})", say)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise RefusedByCluster(str(error.cause)) from error
-        raise Stopped(f"the first captioning worker has failed: {error.cause}") from error
     except ray.exceptions.RayError as error:
-        raise Stopped(f"the first captioning worker has failed: {error}") from error
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        if isinstance(cause, ValueError):
+            raise RefusedByCluster(str(cause)) from error
+        raise Stopped(f"the first captioning worker has failed: {cause}") from error
 
 
 def _answer(engine: EngineBuilder, accelerators: Mapping[str, float]) -> WorkerAnswer:
