@@ -20,7 +20,7 @@ from blip2_actor.engine.upload import Upload, stack_pixels
 from blip2_actor.generation.step import LateTokens
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.models.scoring import text_logprobs
 from blip2_actor.transfer import ids_to_device, to_device
 
@@ -187,7 +187,7 @@ class ModelRunner:
         return tokens
 
     @torch.inference_mode()
-    def text_logprobs(self, texts: list[TextToScore], recorder: Recorder | None = None) -> list[list[float]]:
+    def text_logprobs(self, texts: list[TextToScore], recorder: Recorder = NO_RECORDER) -> list[list[float]]:
         """Return the log-probability of each token of each text; a recorder takes one text."""
 
         def score(batch: list[TextToScore]) -> list[list[float]]:
@@ -198,7 +198,7 @@ class ModelRunner:
         return self._text_batches.run(score, texts)
 
     @torch.inference_mode()
-    def text_features(self, token_ids: list[list[int]], recorder: Recorder | None = None) -> list[Tensor]:
+    def text_features(self, token_ids: list[list[int]], recorder: Recorder = NO_RECORDER) -> list[Tensor]:
         """Return the last hidden states of texts without an image: float[T_i, Dw] each, on the host.
 
         A recorder takes one text.
@@ -211,9 +211,7 @@ class ModelRunner:
         return self._text_batches.run(read, token_ids)
 
     @torch.inference_mode()
-    def record(
-        self, images: list[EncodedImage], recorder: Recorder | None, from_image_embeds: bool = False
-    ) -> None:
+    def record(self, images: list[EncodedImage], recorder: Recorder, from_image_embeds: bool = False) -> None:
         """Run one image through the encoders once more, for the recorder.
 
         Args:

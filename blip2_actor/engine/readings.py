@@ -17,7 +17,7 @@ from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.results import to_features, to_score, to_text_features
 from blip2_actor.inputs.arguments import Names, require_one_per_image, to_list, to_names, to_texts
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.request import Features, ImageLike, Result, Score, TextFeatures
 
 RowT = TypeVar("RowT")
@@ -46,7 +46,9 @@ class Readings:
         recorders = iter(self._read(served, partial(self._record, names), names) if names else [])
 
         def copy() -> list[Features]:  # in the engine's thread, whose stream of a GPU has made the tensors
-            return [to_features(i, with_image_embeds, next(recorders, (None, None))[1]) for i in served]
+            return [
+                to_features(i, with_image_embeds, next(recorders, (None, NO_RECORDER))[1]) for i in served
+            ]
 
         copied = iter(self._core.call(copy) if served else [])
         return [
@@ -113,7 +115,7 @@ class Readings:
             for row in prepared
         ]
 
-    def _record(self, names: _Names, images: list[EncodedImage], recorder: Recorder | None) -> list[None]:
+    def _record(self, names: _Names, images: list[EncodedImage], recorder: Recorder) -> list[None]:
         """Run one image through the encoders once more, or through the Q-Former if all names are of it."""
         self._core.runner.record(images, recorder, from_image_embeds=names.are_of("qformer"))
         return [None] * len(images)
@@ -151,12 +153,12 @@ class Readings:
         ]
 
     def _read(
-        self, rows: list[RowT], read: Callable[[list[RowT], Recorder | None], list[ValueT]], names: _Names
-    ) -> list[tuple[ValueT, Recorder | None]]:
+        self, rows: list[RowT], read: Callable[[list[RowT], Recorder], list[ValueT]], names: _Names
+    ) -> list[tuple[ValueT, Recorder]]:
         """Let the model read rows: all at once, or one by one if names are to be recorded."""
         if not names:
-            return [(value, None) for value in self._core.call(partial(read, rows, None))]
-        found: list[tuple[ValueT, Recorder | None]] = []
+            return [(value, NO_RECORDER) for value in self._core.call(partial(read, rows, NO_RECORDER))]
+        found: list[tuple[ValueT, Recorder]] = []
         for row in rows:
             recorder = Recorder(names.hidden_states, names.attention_maps)
             (value,) = self._core.call(partial(read, [row], recorder))

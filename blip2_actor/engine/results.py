@@ -16,7 +16,7 @@ from blip2_actor.status import Status
 from blip2_actor.transfer import to_numpy
 
 
-def to_features(image: EncodedImage, with_image_embeds: bool, recorder: Recorder | None) -> Features:
+def to_features(image: EncodedImage, with_image_embeds: bool, recorder: Recorder) -> Features:
     """Return what the encoders have computed of an image, and what was recorded of it."""
     assert image.qformer_features is not None and image.pooler_output is not None, "the image is encoded"
     qformer_features, pooler_output = to_numpy(image.qformer_features), to_numpy(image.pooler_output)
@@ -31,7 +31,7 @@ def to_features(image: EncodedImage, with_image_embeds: bool, recorder: Recorder
     )
 
 
-def to_text_features(features: Tensor, recorder: Recorder | None) -> TextFeatures:
+def to_text_features(features: Tensor, recorder: Recorder) -> TextFeatures:
     """Return the hidden states of a text, and what was recorded of it."""
     array = to_numpy(features)
     if not np.isfinite(array).all():
@@ -39,7 +39,7 @@ def to_text_features(features: Tensor, recorder: Recorder | None) -> TextFeature
     return TextFeatures(features=array, **_recorded(recorder))
 
 
-def to_score(logprobs: list[float], recorder: Recorder | None) -> Score:
+def to_score(logprobs: list[float], recorder: Recorder) -> Score:
     """Return the score of a text, from the log-probabilities of its tokens, and what was recorded of it."""
     total = sum(logprobs)
     if not math.isfinite(total):
@@ -47,10 +47,8 @@ def to_score(logprobs: list[float], recorder: Recorder | None) -> Score:
     return Score(logprob=total, num_tokens=len(logprobs), **_recorded(recorder))
 
 
-def _recorded(recorder: Recorder | None) -> dict[str, Any]:
+def _recorded(recorder: Recorder) -> dict[str, Any]:
     """Return what was asked for, by the names of the fields; what nobody asked for stays None."""
-    if recorder is None:
-        return {}
     return {
         "hidden_states": recorder.hidden_states or None,
         "attention_maps": recorder.attention_maps or None,

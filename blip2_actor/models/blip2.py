@@ -24,7 +24,7 @@ from transformers import Blip2Config
 
 from blip2_actor.models.layers import Linear
 from blip2_actor.models.opt import OptDecoder
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.models.t5 import T5
 from blip2_actor.models.vision_qformer import VisionQFormer
 
@@ -63,7 +63,7 @@ class Blip2(VisionQFormer):
         image_ids = [image_token_id] * self.config.num_query_tokens if is_known else []
         return self.language_model.prefix_ids(image_ids + prompt_ids)
 
-    def text_features(self, texts: list[Tensor], recorder: Recorder | None = None) -> list[Tensor]:
+    def text_features(self, texts: list[Tensor], recorder: Recorder = NO_RECORDER) -> list[Tensor]:
         """Return the last hidden states of texts without an image.
 
         They are those of the language model (of T5: of its encoder): int64[T_i] each -> float[T_i, Dw] each.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.models.layers import Embedding, Linear
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 
 
 class KVCacheProtocol(Protocol):
@@ -88,7 +88,7 @@ class LanguageModel(Protocol):
         ...
 
     def predict(
-        self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder | None = None
+        self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder = NO_RECORDER
     ) -> list[Tensor]:
         """Compute the logits that predict given texts.
 
@@ -97,7 +97,7 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def text_features(self, texts: list[Tensor], recorder: Recorder | None = None) -> list[Tensor]:
+    def text_features(self, texts: list[Tensor], recorder: Recorder = NO_RECORDER) -> list[Tensor]:
         """Return the last hidden states of texts without an image: int64[T_i] each -> float[T_i, Dw] each.
 
         A recorder takes the hidden states and the attentions of one text.

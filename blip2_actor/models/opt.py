@@ -16,7 +16,7 @@ from transformers import OPTConfig
 from blip2_actor.models.kv_cache import KVCache
 from blip2_actor.models.layers import Embedding, Layers, Linear
 from blip2_actor.models.packing import Packing
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.models.residual import multiply_norm, normalize
 
 POSITION_OFFSET = 2
@@ -132,7 +132,7 @@ class OptDecoder(nn.Module):
         return torch.stack(self.predict(list(prefix), list(input_ids)))
 
     def predict(
-        self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder | None = None
+        self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder = NO_RECORDER
     ) -> list[Tensor]:
         """Compute the logits that predict given texts.
 
@@ -146,7 +146,7 @@ class OptDecoder(nn.Module):
         predicting = [h[len(p) - 1 :][: len(t)] for h, (p, t) in zip(hidden, pairs, strict=True)]
         return list(self.lm_head(torch.cat(predicting)).split([len(t) for t in texts]))
 
-    def text_features(self, texts: list[Tensor], recorder: Recorder | None = None) -> list[Tensor]:
+    def text_features(self, texts: list[Tensor], recorder: Recorder = NO_RECORDER) -> list[Tensor]:
         """Return the last hidden states of texts without an image: int64[T_i] each -> float[T_i, Dw] each.
 
         A recorder takes the hidden states and the attentions of one text.
@@ -155,25 +155,22 @@ class OptDecoder(nn.Module):
         inputs_embeds = packing.pack([self.embed_tokens(text) for text in texts])
         return packing.unpack(self._run_packed(inputs_embeds, packing, recorder))
 
-    def _run_packed(self, inputs_embeds: Tensor, packing: Packing, recorder: Recorder | None) -> Tensor:
+    def _run_packed(self, inputs_embeds: Tensor, packing: Packing, recorder: Recorder) -> Tensor:
         """Run all layers and the final norm over packed sequences, without a cache.
 
         float[T_total, Dw] -> float[T_total, Dw].
         """
         hidden = self._embed(inputs_embeds, packing.positions)
+        recorder.hidden("language_model.embeddings", hidden)
         update: Tensor | None = None
-        if recorder is not None:
-            recorder.hidden("language_model.embeddings", hidden)
         for index, layer in enumerate(self.layers):
             name = f"language_model.layers.{index}"
             hidden, query, kv = layer.project(hidden, update)
             context = packing.attend(query, kv, layer.num_heads, is_causal=True, recorder=recorder, name=name)
             hidden, update = layer.finish(hidden, context)
-            if recorder is not None:
-                recorder.hidden(name, hidden if update is None else hidden + update)
+            recorder.hidden(name, hidden, update)
         hidden = self._final_norm(hidden, update)
-        if recorder is not None:
-            recorder.hidden("language_model.last_hidden_state", hidden)
+        recorder.hidden("language_model.last_hidden_state", hidden)
         return hidden
 
     def prefill(self, prefixes: list[Tensor], slots: list[int], cache: KVCache) -> Tensor:
@@ -187,7 +184,9 @@ class OptDecoder(nn.Module):
         Returns:
             float[N, V], the logits of the first new token of each text.
         """
-        packing = Packing([len(p) for p in prefixes], prefixes[0].device)
+        lengths, device = [len(p) for p in prefixes], prefixes[0].device
+        packing = Packing(lengths, device)
+        ends = Packing([1] * len(lengths), device, keys=lengths)
         hidden = self._embed(packing.pack(prefixes), packing.positions)
         groups = packing.slots_by_group(slots)
         update: Tensor | None = None
@@ -196,8 +195,9 @@ class OptDecoder(nn.Module):
             for group, group_slots in zip(packing.groups, groups, strict=True):
                 cache.write_prefix(index, group_slots, group.view(kv))
             if index == len(self.layers) - 1:  # from here on, only the last position of each prefix matters
-                hidden = hidden[packing.last]
-                context = packing.attend_last(query, kv, layer.num_heads)
+                last = packing.last
+                hidden = hidden[last]
+                context = ends.attend(query[last], kv, layer.num_heads, over=packing)
             else:
                 context = packing.attend(query, kv, layer.num_heads, is_causal=True)
             hidden, update = layer.finish(hidden, context)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
 from blip2_actor.models.layers import attend, merge_heads, split_heads
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.transfer import to_device
 
 
@@ -38,7 +38,7 @@ class Packing:
     """The layout of one batch of sequences."""
 
     def __init__(
-        self, lengths: list[int], device: torch.device, keys: Sequence[tuple[int, ...]] | None = None
+        self, lengths: list[int], device: torch.device, keys: Sequence[int | tuple[int, ...]] | None = None
     ) -> None:
         """
         Args:
@@ -48,7 +48,7 @@ class Packing:
                 Two packings with the same keys have corresponding groups.
         """
         self.device = device
-        keys = [(length,) for length in lengths] if keys is None else keys
+        keys = lengths if keys is None else keys
         self.order = sorted(range(len(lengths)), key=keys.__getitem__)
         self.groups: list[Group] = []
         start = 0
@@ -57,15 +57,24 @@ class Packing:
             group = Group(start, len(indices), lengths[indices[0]])
             self.groups.append(group)
             start += group.count * group.length
-        self.positions = torch.cat(
-            [torch.arange(g.length, device=device).repeat(g.count) for g in self.groups]
-        )
-        ends = [g.start + (i + 1) * g.length - 1 for g in self.groups for i in range(g.count)]
-        self.last = to_device(ends, device)
-        restore = [0] * len(lengths)
-        for packed_index, original_index in enumerate(self.order):
-            restore[original_index] = packed_index
-        self.restore_order = to_device(restore, device)
+        self._packed_lengths = [lengths[i] for i in self.order]
+        self._packed_index = sorted(range(len(lengths)), key=self.order.__getitem__)
+        """Where each sequence is among the packed ones."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the elements in their sequences: int64[T_total]."""
+        return torch.cat([torch.arange(g.length, device=self.device).repeat(g.count) for g in self.groups])
+
+    @property
+    def last(self) -> Tensor:
+        """Rows of the last elements of the sequences, in packed order: int64[N]."""
+        return to_device([end - 1 for end in accumulate(self._packed_lengths)], self.device)
+
+    @property
+    def restore_order(self) -> Tensor:
+        """Indices that bring one row for each packed sequence into the original order: int64[N]."""
+        return to_device(self._packed_index, self.device)
 
     def pack(self, sequences: list[Tensor]) -> Tensor:
         """Pack sequences one after the other, in sorted order: float[T_i, D] each -> float[T_total, D]."""
@@ -77,35 +86,34 @@ class Packing:
         Args:
             slots: one per sequence, in the original order.
         """
-        ordered = [slots[i] for i in self.order]
-        groups = []
-        for group in self.groups:
-            groups.append(to_device(ordered[: group.count], self.device))
-            ordered = ordered[group.count :]
-        return groups
+        ordered = to_device([slots[i] for i in self.order], self.device)
+        return list(ordered.split([group.count for group in self.groups]))
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         """Return views of the sequences in their original order: [T_total, ...] -> [T_i, ...] each."""
-        ordered = packed.split([g.length for g in self.groups for _ in range(g.count)])
-        return [part for _, part in sorted(zip(self.order, ordered, strict=True), key=lambda pair: pair[0])]
+        parts = packed.split(self._packed_lengths)
+        return [parts[i] for i in self._packed_index]
 
     def attend(
         self,
         query: Tensor,
         kv: Tensor,
         num_heads: int,
+        *,
+        over: Packing | None = None,
         is_causal: bool = False,
         bias: Tensor | None = None,
         scale: float | None = None,
-        recorder: Recorder | None = None,
+        recorder: Recorder = NO_RECORDER,
         name: str = "",
     ) -> Tensor:
-        """Compute attention within each sequence.
+        """Compute attention within each sequence, or over its counterpart in another packing.
 
         Args:
             query: float[T_total, D].
-            kv: float[T_total, 2 D], keys and values.
+            kv: float[T_total of `over`, 2 D], keys and values.
             num_heads: H.
+            over: a packing with the same keys; None is this one.
             is_causal: each position attends to itself and to those before it.
             bias: float[H, T, T] for the longest T, added to the scores.
             scale: factor of the scores; None is E ** -0.5.
@@ -115,65 +123,14 @@ class Packing:
         Returns:
             float[T_total, D].
         """
+        kind = "self_attention" if over is None else "cross_attention"
         contexts = []
-        for group in self.groups:
-            q, k, v = split_heads(group.view(query), num_heads), *_keys_values(group.view(kv), num_heads)
+        for group, kv_group in zip(self.groups, (over or self).groups, strict=True):
+            q = split_heads(group.view(query), num_heads)
+            k, v = split_heads(kv_group.view(kv), 2 * num_heads).chunk(2, dim=1)
             # Four axes: with three, the CPU's fused kernel is not used.
             mask = None if bias is None else bias[None, :, : group.length, : group.length]
-            if recorder is not None:
-                recorder.attention(f"{name}.self_attention", q, k, mask, is_causal, scale)
+            recorder.attention(f"{name}.{kind}", q, k, mask, is_causal, scale)
             context = attend(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
             contexts.append(merge_heads(context).flatten(0, 1))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
-
-    def attend_across(
-        self,
-        other: Packing,
-        query: Tensor,
-        kv: Tensor,
-        num_heads: int,
-        scale: float | None,
-        recorder: Recorder | None,
-        name: str,
-    ) -> Tensor:
-        """Compute attention of each sequence over all positions of its counterpart in another packing.
-
-        Args:
-            other: a packing with the same keys.
-            query: float[T_total, D].
-            kv: float[T_total of `other`, 2 D], keys and values.
-            num_heads: H.
-            scale: factor of the scores; None is E ** -0.5.
-            recorder: takes the attention, if there is one sequence.
-            name: of the layer for the recorder.
-
-        Returns:
-            float[T_total, D].
-        """
-        contexts = []
-        for group, other_group in zip(self.groups, other.groups, strict=True):
-            q = split_heads(group.view(query), num_heads)
-            k, v = _keys_values(other_group.view(kv), num_heads)
-            if recorder is not None:
-                recorder.attention(f"{name}.cross_attention", q, k, scale=scale)
-            context = attend(q, k, v, scale=scale)
-            contexts.append(merge_heads(context).flatten(0, 1))
-        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
-
-    def attend_last(self, query: Tensor, kv: Tensor, num_heads: int) -> Tensor:
-        """Compute causal attention of each sequence's last position only.
-
-        float[T_total, D] and float[T_total, 2 D] -> float[N, D].
-        """
-        contexts = []
-        for group in self.groups:
-            q, k, v = split_heads(group.view(query), num_heads), *_keys_values(group.view(kv), num_heads)
-            context = attend(q[:, :, -1:], k, v)
-            contexts.append(merge_heads(context).flatten(1))
-        return torch.cat(contexts)
-
-
-def _keys_values(kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """float[B, T, 2 D] -> two float[B, H, T, E]."""
-    key, value = kv.chunk(2, dim=-1)
-    return split_heads(key, num_heads), split_heads(value, num_heads)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
 from blip2_actor.models.layers import Layers, Linear, attend, merge_heads, split_heads
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 
 
 class PostNormMlp(nn.Module):
@@ -61,8 +61,8 @@ class QFormerLayer(nn.Module):
         num_queries: int,
         image_kv: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        recorder: Recorder | None = None,
-        name: str = "",
+        recorder: Recorder,
+        name: str,
     ) -> Tensor:
         """Run one layer over the queries and the text after them.
 
@@ -80,9 +80,8 @@ class QFormerLayer(nn.Module):
         Raises:
             ValueError: there are queries, but no `image_kv`.
         """
-        query, key, value = (split_heads(x, self.num_heads) for x in self.qkv(hidden).chunk(3, dim=-1))
-        if recorder is not None:
-            recorder.attention(f"{name}.self_attention", query, key, mask)
+        query, key, value = split_heads(self.qkv(hidden), 3 * self.num_heads).chunk(3, dim=1)
+        recorder.attention(f"{name}.self_attention", query, key, mask)
         context = attend(query, key, value, mask=mask)
         hidden = self.attention_norm(self.attention_output(merge_heads(context)) + hidden)
         if num_queries == 0:
@@ -92,8 +91,7 @@ class QFormerLayer(nn.Module):
             if image_kv is None:
                 raise ValueError("image_kv must be given together with queries, got None")
             query, (key, value) = split_heads(self.cross_query(queries), self.num_heads), image_kv
-            if recorder is not None:
-                recorder.attention(f"{name}.cross_attention", query, key)
+            recorder.attention(f"{name}.cross_attention", query, key)
             context = attend(query, key, value)
             queries = self.cross_norm(self.cross_output(merge_heads(context)) + queries)
         queries = self.query_mlp(queries)
@@ -136,7 +134,7 @@ class QFormer(nn.Module):
         image_embeds: Tensor | None = None,
         num_queries: int | None = None,
         mask: Tensor | None = None,
-        recorder: Recorder | None = None,
+        recorder: Recorder = NO_RECORDER,
     ) -> Tensor:
         """Let the learned queries read the image (BLIP-2, section 3.1).
 
@@ -160,11 +158,10 @@ class QFormer(nn.Module):
         image_kv = iter(self.image_keys_values(image_embeds.to(dtype)) if image_embeds is not None else ())
         mask = None if mask is None else mask[:, None, None, :]
         hidden = self.layernorm(query_embeds.to(dtype))
-        if recorder is not None:
-            recorder.hidden("qformer.embeddings", hidden)
+        recorder.hidden("qformer.embeddings", hidden)
         for index, layer in enumerate(self.layers):
+            name = f"qformer.layers.{index}"
             kv = next(image_kv, None) if layer.reads_image else None
-            hidden = layer(hidden, num_queries, kv, mask, recorder, f"qformer.layers.{index}")
-            if recorder is not None:
-                recorder.hidden(f"qformer.layers.{index}", hidden)
+            hidden = layer(hidden, num_queries, kv, mask, recorder, name)
+            recorder.hidden(name, hidden)
         return hidden

@@ -1,7 +1,7 @@
 """Hidden states and attention maps on request: what passes through a model, kept by name.
 
 The names follow the model: `vision.layers.3` is what layer 3 of the vision encoder computes, and
-`vision.layers.3.self_attention` are the weights of its attention. A pass without a recorder keeps nothing.
+`vision.layers.3.self_attention` are the weights of its attention. A pass with `NO_RECORDER` keeps nothing.
 
 Axis letters: `blip2.py`.
 """
@@ -35,9 +35,10 @@ class Recorder:
         self._wanted = {"with_hidden_states": hidden_states, "with_attention_maps": attention_maps}
         self._offered: dict[str, list[str]] = {argument: [] for argument in self._wanted}
 
-    def hidden(self, name: str, states: Tensor) -> None:
-        """Take hidden states: float[1, T, D] or float[T, D]."""
+    def hidden(self, name: str, states: Tensor, update: Tensor | None = None) -> None:
+        """Take hidden states, perhaps in two parts (`residual.py`): float[1, T, D] or float[T, D] each."""
         if self._wants("with_hidden_states", name):
+            states = states if update is None else states + update
             self.hidden_states[name] = to_numpy(states.reshape(states.shape[-2:]))
 
     def attention(
@@ -68,5 +69,11 @@ class Recorder:
                     )
 
     def _wants(self, argument: str, name: str) -> bool:
+        if not self._wanted[argument]:
+            return False
         self._offered[argument].append(name)
         return any(fnmatchcase(name, pattern) for pattern in self._wanted[argument])
+
+
+NO_RECORDER = Recorder()
+"""Wants nothing, and so keeps nothing; all passes share it."""

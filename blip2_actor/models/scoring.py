@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.transfer import ids_to_device
 
 
@@ -23,7 +23,7 @@ def text_logprobs(
     prefixes: Sequence[Tensor],
     prompt_ids: Sequence[Sequence[int]],
     text_ids: Sequence[Sequence[int]],
-    recorder: Recorder | None = None,
+    recorder: Recorder = NO_RECORDER,
 ) -> list[Tensor]:
     """Compute the log-probability of each token of given texts.
 

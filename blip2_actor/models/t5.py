@@ -23,7 +23,7 @@ from transformers import T5Config
 from blip2_actor.models.kv_cache import KVCache, aligned_arange
 from blip2_actor.models.layers import Embedding, Layers, Linear
 from blip2_actor.models.packing import Packing
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.models.t5_kv_cache import T5KVCache
 from blip2_actor.models.t5_layers import RelativeBias, T5Layer, T5Norm
 
@@ -108,7 +108,7 @@ class T5(nn.Module):
         return torch.stack(self.predict(list(prefixes), list(texts)))
 
     def predict(
-        self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder | None = None
+        self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder = NO_RECORDER
     ) -> list[Tensor]:
         """Compute the logits that predict given texts.
 
@@ -125,7 +125,7 @@ class T5(nn.Module):
         decoded = self._decode_packed(inputs, packing, encoded, prefix_packing, recorder=recorder)
         return packing.unpack(self._logits(decoded))
 
-    def text_features(self, texts: list[Tensor], recorder: Recorder | None = None) -> list[Tensor]:
+    def text_features(self, texts: list[Tensor], recorder: Recorder = NO_RECORDER) -> list[Tensor]:
         """Return the encoder's output for texts without an image: int64[T_i] each -> float[T_i, Dw] each.
 
         A recorder takes the hidden states and the attentions of one text.
@@ -147,7 +147,7 @@ class T5(nn.Module):
         lengths = [len(p) for p in prefixes]
         device = prefixes[0].device
         prefix_packing = Packing(lengths, device)
-        packing = Packing([1] * len(lengths), device, [(length,) for length in lengths])
+        packing = Packing([1] * len(lengths), device, keys=lengths)
         start = torch.full((len(lengths),), self.config.decoder_start_token_id, device=device)
         groups = list(zip(packing.slots_by_group(slots), packing.groups, prefix_packing.groups, strict=True))
         cache.set_prefix_lengths(slots, lengths)
@@ -192,15 +192,14 @@ class T5(nn.Module):
         """Convert embeddings to the dtype of the residual stream, which begins with them."""
         return embeds.to(next(iter(self.decoder)).wo.weight.dtype)
 
-    def _encode(self, prefixes: list[Tensor], packing: Packing, recorder: Recorder | None = None) -> Tensor:
+    def _encode(self, prefixes: list[Tensor], packing: Packing, recorder: Recorder = NO_RECORDER) -> Tensor:
         """Run the encoder, with its final norm: float[T_i, Dw] each -> packed, float[T_total, Dw]."""
         hidden = self._to_residual_dtype(packing.pack(prefixes))
         positions = torch.arange(max(len(p) for p in prefixes), device=hidden.device)
         bias = self.encoder_bias(
             aligned_arange(len(positions), hidden.device) - positions[:, None]
         ).contiguous()
-        if recorder is not None:
-            recorder.hidden("language_model.encoder.embeddings", hidden)
+        recorder.hidden("language_model.encoder.embeddings", hidden)
         for index, layer in enumerate(self.encoder):
             name = f"language_model.encoder.layers.{index}"
             query, kv = layer.project(hidden)
@@ -208,11 +207,9 @@ class T5(nn.Module):
                 query, kv, self.num_heads, bias=bias, scale=SCALE, recorder=recorder, name=name
             )
             hidden = layer.add_mlp(layer.add_attention(hidden, context))
-            if recorder is not None:
-                recorder.hidden(name, hidden)
+            recorder.hidden(name, hidden)
         hidden = self.encoder_norm(hidden)
-        if recorder is not None:
-            recorder.hidden("language_model.encoder.last_hidden_state", hidden)
+        recorder.hidden("language_model.encoder.last_hidden_state", hidden)
         return hidden
 
     def _decode_packed(
@@ -222,7 +219,7 @@ class T5(nn.Module):
         encoded: Tensor,
         prefix_packing: Packing,
         write: Callable[[int, Tensor, Tensor], None] | None = None,
-        recorder: Recorder | None = None,
+        recorder: Recorder = NO_RECORDER,
     ) -> Tensor:
         """Run the decoder, with its final norm, over whole texts.
 
@@ -241,8 +238,7 @@ class T5(nn.Module):
         hidden = self._to_residual_dtype(inputs_embeds)
         longest = max(group.length for group in packing.groups)
         bias = self._causal_bias(torch.arange(longest, device=hidden.device), longest)
-        if recorder is not None:
-            recorder.hidden("language_model.decoder.embeddings", hidden)
+        recorder.hidden("language_model.decoder.embeddings", hidden)
         for index, layer in enumerate(self.decoder):
             name = f"language_model.decoder.layers.{index}"
             query, kv = layer.project(hidden)
@@ -254,15 +250,14 @@ class T5(nn.Module):
             )
             hidden = layer.add_attention(hidden, context)
             query = layer.project_cross(hidden)
-            context = packing.attend_across(
-                prefix_packing, query, cross_kv, self.num_heads, SCALE, recorder, name
+            over = prefix_packing
+            context = packing.attend(
+                query, cross_kv, self.num_heads, over=over, scale=SCALE, recorder=recorder, name=name
             )
             hidden = layer.add_mlp(layer.add_cross(hidden, context))
-            if recorder is not None:
-                recorder.hidden(name, hidden)
+            recorder.hidden(name, hidden)
         hidden = self.decoder_norm(hidden)
-        if recorder is not None:
-            recorder.hidden("language_model.decoder.last_hidden_state", hidden)
+        recorder.hidden("language_model.decoder.last_hidden_state", hidden)
         return hidden
 
     def _causal_bias(self, positions: Tensor, kv_len: int) -> Tensor:

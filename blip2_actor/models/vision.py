@@ -26,7 +26,7 @@ from blip2_actor.models.layers import (
     runs_kernels,
     split_heads,
 )
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.models.residual import multiply_norm, normalize
 
 KERNEL_BLOCK, MAX_LEFT = 128, 16
@@ -48,16 +48,15 @@ class VisionBlock(nn.Module):
         self.fc2 = Linear(config.intermediate_size, width)
 
     def forward(
-        self, hidden: Tensor, update: Tensor | None, recorder: Recorder | None = None, name: str = ""
+        self, hidden: Tensor, update: Tensor | None, recorder: Recorder = NO_RECORDER, name: str = ""
     ) -> tuple[Tensor, Tensor]:
         """Read the residual stream `hidden + update`, and return it in two parts again (`residual.py`).
 
         float[B, P, Dv] each -> float[B, P, Dv] each; `name` is that of this layer for the recorder.
         """
         hidden, qkv = multiply_norm(self.layer_norm1, self.qkv, hidden, update)
-        if recorder is not None:
-            query, key, _ = (split_heads(x, self.num_heads) for x in qkv.chunk(3, dim=-1))
-            recorder.attention(f"{name}.self_attention", query, key)
+        query, key, _ = split_heads(qkv, 3 * self.num_heads).chunk(3, dim=1)
+        recorder.attention(f"{name}.self_attention", query, key)
         context = self.projection(_attend_to_all(qkv, self.num_heads))
         hidden, inner = multiply_norm(self.layer_norm2, self.fc1, hidden, context)
         return hidden, self.fc2(inner)
@@ -119,7 +118,7 @@ class VisionEncoder(nn.Module):
         cut = used.reshape(-1, 3, grid, patch, grid, patch)
         return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, grid * grid, 3 * patch * patch)
 
-    def forward(self, pixel_values: Tensor, recorder: Recorder | None = None) -> Tensor:
+    def forward(self, pixel_values: Tensor, recorder: Recorder = NO_RECORDER) -> Tensor:
         """Encode images.
 
         Args:
@@ -135,13 +134,12 @@ class VisionEncoder(nn.Module):
         embeds = self.patch_embedding(self.patches(pixel_values))
         hidden = torch.cat([self.class_embedding.expand(embeds.shape[0], -1, -1), embeds], dim=1)
         hidden = hidden + self.position_embedding
-        if recorder is not None:
-            recorder.hidden("vision.embeddings", hidden)
+        recorder.hidden("vision.embeddings", hidden)
         update: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            hidden, update = layer(hidden, update, recorder, f"vision.layers.{index}")
-            if recorder is not None:
-                recorder.hidden(f"vision.layers.{index}", hidden + update)
+            name = f"vision.layers.{index}"
+            hidden, update = layer(hidden, update, recorder, name)
+            recorder.hidden(name, hidden, update)
         return normalize(self.post_layernorm, hidden, update)[1]
 
     def pool(self, image_embeds: Tensor) -> Tensor:
@@ -159,7 +157,7 @@ def _attend_to_all(qkv: Tensor, num_heads: int) -> Tensor:
         kernel = _find_kernel(qkv.device, qkv.dtype, *qkv.shape[1:], num_heads)
         if kernel is not None:
             return kernel(qkv.contiguous(), num_heads)
-    query, key, value = (split_heads(x, num_heads) for x in qkv.chunk(3, dim=-1))
+    query, key, value = split_heads(qkv, 3 * num_heads).chunk(3, dim=1)
     return merge_heads(attend(query, key, value))
 
 

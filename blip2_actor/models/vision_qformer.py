@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Blip2Config
 
 from blip2_actor.models.qformer import QFormer
-from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.models.vision import PixelNormalizer, VisionEncoder
 
 
@@ -50,7 +50,7 @@ class VisionQFormer(nn.Module):
         """Encode normalized images: float[B, 3, S, S] -> float[B, P, Dv]."""
         return self.vision(pixel_values)
 
-    def qformer_features(self, image_embeds: Tensor, recorder: Recorder | None = None) -> Tensor:
+    def qformer_features(self, image_embeds: Tensor, recorder: Recorder = NO_RECORDER) -> Tensor:
         """Let the learned queries read the images: float[B, P, Dv] -> float[B, Q, Dq].
 
         Args:
