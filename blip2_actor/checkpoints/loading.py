@@ -19,7 +19,7 @@ from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.retrieval import Blip2Retrieval
 from blip2_actor.models.vision import PixelNormalizer
 from blip2_actor.quantization.choice import QuantizationChoice
-from blip2_actor.quantization.measurement import choose, layers_of
+from blip2_actor.quantization.measurement import choose, eligible
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord, quantize
 
 phases = logging.getLogger("blip2_actor.phases")
@@ -105,7 +105,7 @@ def load_quantized(
     phases.info("loading and quantizing the weights")
     model = _build(checkpoint, dtype)
     _allocate(model, device)
-    readers = _fill(model, checkpoint, image_size_px, later=tuple(layers_of(model, choice.parts)))
+    readers = _fill(model, checkpoint, image_size_px, later=tuple(eligible(model, choice.parts)))
     model.normalizer = _normalizer(checkpoint).to(device)
     return model, quantize(model, readers, choice, calibration)
 

@@ -123,15 +123,6 @@ def multiply(levels: Tensor, packed: Tensor, scale: Tensor, zero_points: Tensor)
     )
 
 
-def require_int8() -> None:
-    """Raise ValueError unless this build of torch multiplies bytes on a CPU."""
-    if not torch.backends.mkldnn.is_available():
-        raise ValueError(
-            "quantize must be left out with this torch build, which lacks oneDNN (mkldnn), got int8; install "
-            "torch from its package index"
-        )
-
-
 @cache
 def largest_weight() -> int:
     """Return the largest magnitude of a weight with which a product does not saturate on this CPU.

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.layers import Linear, packed_dtypes
-from blip2_actor.models.vision_qformer import VisionQFormer
 from blip2_actor.quantization.choice import PARTS, QuantizationChoice
 from blip2_actor.quantization.int8 import Int8Weight, largest_weight
 from blip2_actor.quantization.methods import fixed_parts, instructions, weight_bits
@@ -45,18 +46,22 @@ class Shape:
     num_rows: int
 
 
-def eligible(model: VisionQFormer) -> dict[str, dict[str, Linear]]:
-    """Return the layers that can be quantized, by part and by name; a part without any is left out."""
-    by_part: dict[str, dict[str, Linear]] = {}
-    for name, module in model.named_modules():
-        part = name.partition(".")[0]
-        if isinstance(module, Linear) and part in PARTS and name not in NEVER and UNUSED not in name:
-            by_part.setdefault(part, {})[name] = module
-    return by_part
+def part_of(name: str) -> str:
+    """Return the part of the model that a layer is in."""
+    return name.partition(".")[0]
+
+
+def eligible(model: Blip2, parts: Collection[str] = PARTS) -> dict[str, Linear]:
+    """Return the layers of some parts that can be quantized, by name, in the order of `PARTS`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and part_of(name) in parts and name not in NEVER and UNUSED not in name
+    }
 
 
 def choose(
-    model: VisionQFormer, method: str, device: torch.device, dtype: torch.dtype, image_size_px: int
+    model: Blip2, method: str, device: torch.device, dtype: torch.dtype, image_size_px: int
 ) -> QuantizationChoice:
     """Choose the parts that are quantized.
 
@@ -67,8 +72,7 @@ def choose(
         dtype: in which the layers compute otherwise.
         image_size_px: side of the images, which decides how many rows a layer of the vision encoder has.
     """
-    text_config = getattr(model.config, "text_config", None)
-    fixed = fixed_parts(method, device, text_config.model_type if text_config else None)
+    fixed = fixed_parts(method, device, model.config.text_config.model_type)
     fractions = _measure(model, dtype, image_size_px) if fixed is None else {}
     return QuantizationChoice(
         method=method,
@@ -79,12 +83,13 @@ def choose(
     )
 
 
-def _measure(model: VisionQFormer, dtype: torch.dtype, image_size_px: int) -> dict[str, float]:
+def _measure(model: Blip2, dtype: torch.dtype, image_size_px: int) -> dict[str, float]:
     """Return the time in int8 over the time in `dtype`, of each part that is faster in int8."""
+    layers = eligible(model)
     times: dict[Shape, tuple[float, float]] = {}
     chosen = {}
-    for part, layers in eligible(model).items():
-        shapes = [_shape(model, image_size_px, name, linear) for name, linear in layers.items()]
+    for part, names in groupby(layers, key=part_of):
+        shapes = [_shape(model, image_size_px, name, layers[name]) for name in names]
         for shape in set(shapes).difference(times):
             times[shape] = _time_both_ways(shape, dtype)
         plain, quantized = (sum(times[shape][way] for shape in shapes) for way in (0, 1))
@@ -94,18 +99,7 @@ def _measure(model: VisionQFormer, dtype: torch.dtype, image_size_px: int) -> di
     return chosen
 
 
-def layers_of(model: VisionQFormer, parts: Iterable[str]) -> dict[str, Linear]:
-    """Return the eligible layers of some parts, by name."""
-    wanted = set(parts)
-    return {
-        name: linear
-        for part, layers in eligible(model).items()
-        if part in wanted
-        for name, linear in layers.items()
-    }
-
-
-def _shape(model: VisionQFormer, image_size_px: int, name: str, linear: Linear) -> Shape:
+def _shape(model: Blip2, image_size_px: int, name: str, linear: Linear) -> Shape:
     num_image_tokens = (image_size_px // model.config.vision_config.patch_size) ** 2 + 1
     if name.startswith("vision") or name == "qformer.cross_kv":
         num_rows = num_image_tokens

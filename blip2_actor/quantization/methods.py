@@ -38,7 +38,11 @@ def require_method(method: str, device: torch.device) -> None:
     if device.type == "cpu":
         if method == FP8:
             raise ValueError("quantize must be int8 or int8-weights on a CPU, got fp8; give --quantize int8")
-        int8.require_int8()
+        if not torch.backends.mkldnn.is_available():
+            raise ValueError(
+                "quantize must be left out with this torch build, which lacks oneDNN (mkldnn), got int8; "
+                "install torch from its package index"
+            )
         return
     if torch.version.cuda is None:
         raise ValueError(f"quantize must be int8-weights on {device} with ROCm, got {method}; leave it out")
@@ -52,7 +56,7 @@ def require_method(method: str, device: torch.device) -> None:
         )
 
 
-def fixed_parts(method: str, device: torch.device, language_model: str | None) -> tuple[str, ...] | None:
+def fixed_parts(method: str, device: torch.device, language_model: str) -> tuple[str, ...] | None:
     """Return the parts that a method quantizes whatever their speed; None if a measurement decides.
 
     A GPU also quantizes OPT in fp8. In int8, scaling the few rows of a decode step would take as long as the
@@ -60,7 +64,7 @@ def fixed_parts(method: str, device: torch.device, language_model: str | None) -
     random models differ by 0.28 standard deviations, more than the self-test admits.
 
     Args:
-        language_model: model type of the language model: opt, t5 or None.
+        language_model: model type of the language model: opt or t5.
     """
     if method == INT8_WEIGHTS:
         return ("language_model",)

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.layers import Activation, Linear, QuantizedWeight
+from blip2_actor.models.opt import OptLayer
+from blip2_actor.models.qformer import PostNormMlp
+from blip2_actor.models.vision import VisionBlock
 from blip2_actor.quantization.choice import QuantizationChoice
-from blip2_actor.quantization.fusing import fuse_activations
-from blip2_actor.quantization.measurement import eligible
+from blip2_actor.quantization.measurement import eligible, part_of
 from blip2_actor.quantization.methods import StoreWeight, instructions, storage
+from blip2_actor.quantization.row_scaled import RowScaledWeight
 from blip2_actor.quantization.smoothing import Norm, divide, preceding_norms, smoothing_factors
 
 logger = logging.getLogger(__name__)
@@ -151,6 +155,8 @@ def quantize(
     fuse_activations(model)
     found = calibration.logits(model)
     layers = eligible(model)
+    num_eligible = Counter(map(part_of, layers))
+    num_quantized = Counter(part_of(name) for name, linear in layers.items() if linear.quantized is not None)
     if too_different:
         logger.warning(
             "Too different in %s, these layers stay as they are: %s", choice.method, ", ".join(too_different)
@@ -158,14 +164,24 @@ def quantize(
     return QuantizationRecord(
         choice=choice,
         instructions=instructions(device),
-        num_layers={
-            part: sum(linear.quantized is not None for linear in named.values())
-            for part, named in layers.items()
-        },
-        num_eligible={part: len(named) for part, named in layers.items()},
+        num_layers={part: num_quantized[part] for part in num_eligible},
+        num_eligible=num_eligible,
         too_different=tuple(too_different),
         logits_error=_logits_error(found, expected),
     )
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Move each activation whose only reader scales its rows into that reader.
+
+    A layer in fp8 passes once over its input to scale the rows. If it computes the activation before it in
+    the same pass, the result need not be written and read again.
+    """
+    for block in model.modules():
+        if isinstance(block, VisionBlock | OptLayer | PostNormMlp):
+            weight = block.fc2.quantized
+            if isinstance(weight, RowScaledWeight):
+                weight.input_activation = block.fc1.take_activation()
 
 
 def _release_freed_memory() -> None:

@@ -2,9 +2,9 @@
 
 Each output channel of the weight has a scale, and so has each row of the input, found at run time. In fp8
 from bfloat16, one kernel scales the rows, and the product applies both scales; the kernel also computes the
-norm before the layer (`multiply_norm`) or the activation (`fusing.py`). Every other product is unscaled, in
-int32 or float32, and the scales are applied after it; `torch.compile` fuses what stands before and after it.
-Those products also run on a CPU, slowly, so that tests need no GPU.
+norm before the layer (`multiply_norm`) or the activation (`fuse_activations`). Every other product is
+unscaled, in int32 or float32, and the scales are applied after it; `torch.compile` fuses what stands before
+and after it. Those products also run on a CPU, slowly, so that tests need no GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2_actor.device import find_kernel
-from blip2_actor.models.layers import Activation, QuantizedWeight, find_activation
+from blip2_actor.models.layers import ACTIVATIONS, Activation, QuantizedWeight
 from blip2_actor.quantization.int8 import FULL_WEIGHT, SMALLEST_SCALE
 
 FP8 = torch.float8_e4m3fn
@@ -67,7 +67,7 @@ class RowScaledWeight(QuantizedWeight):
             )
             output = _multiply_scaled(levels, self._levels, largest, self._scale, bias)[: len(rows)]
         else:
-            rows = rows if name is None else find_activation(name)(rows)
+            rows = rows if name is None else ACTIVATIONS[name](rows)
             levels, largest = scale_rows(rows, self._dtype)
             product = self._multiply(_padded(levels, max(len(rows), MIN_ROWS)))
             output = product[: len(rows), : self._num_channels] * (largest * self._scale)

@@ -34,13 +34,11 @@ class Int8StoredWeight(QuantizedWeight):
 
         float[..., D] -> float[..., N], in the dtype of `input`.
         """
-        output = self._multiply(input, bias)
-        return output if activation is None else activation(output)
-
-    def _multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
         scale = self._scale.to(input.dtype)
         if input.dtype is torch.float16:  # sums of unscaled levels would exceed its range
-            return F.linear(input, self._levels * scale[:, None], bias)
-        blocks = self._levels.split(self._block_channels)
-        output = torch.cat([F.linear(input, block.to(input.dtype)) for block in blocks], dim=-1)
-        return output.mul_(scale) if bias is None else torch.addcmul(bias, output, scale)
+            output = F.linear(input, self._levels * scale[:, None], bias)
+        else:
+            blocks = self._levels.split(self._block_channels)
+            output = torch.cat([F.linear(input, block.to(input.dtype)) for block in blocks], dim=-1)
+            output = output.mul_(scale) if bias is None else torch.addcmul(bias, output, scale)
+        return output if activation is None else activation(output)

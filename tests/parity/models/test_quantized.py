@@ -13,7 +13,7 @@ from blip2_actor.models.vision import PixelNormalizer
 from blip2_actor.quantization import quantize as quantizing
 from blip2_actor.quantization.choice import PARTS, QuantizationChoice
 from blip2_actor.quantization.int8 import FULL_WEIGHT, largest_weight
-from blip2_actor.quantization.measurement import layers_of
+from blip2_actor.quantization.measurement import eligible
 from blip2_actor.quantization.methods import fixed_parts
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord, quantize
 from blip2_actor.quantization.smoothing import divide, preceding_norms
@@ -92,7 +92,7 @@ def quantize_all(model: Blip2, method: str = "int8") -> QuantizationRecord:
     bits = 7 if method == "int8" and largest_weight() < FULL_WEIGHT else 8
     parts = parts_of(model, method)
     choice = QuantizationChoice(method=method, parts=parts, weight_bits=bits, instructions="here")
-    readers = {name: lambda: None for name in layers_of(model, choice.parts)}
+    readers = {name: lambda: None for name in eligible(model, choice.parts)}
     return quantize(model, readers, choice, CALIBRATION)
 
 

@@ -97,6 +97,6 @@ def test_layers_for_text_in_the_qformer_are_not_quantized() -> None:
     config = tiny_config()
     config.qformer_config.use_qformer_text_input = True
     with torch.device("meta"):
-        layers = measurement.eligible(Blip2(config))["qformer"]
+        layers = measurement.eligible(Blip2(config), ("qformer",))
     assert "qformer.layers.0.query_mlp.fc1" in layers
     assert not [name for name in layers if "text" in name]

@@ -10,9 +10,9 @@ from transformers import Blip2VisionConfig
 
 from blip2_actor.models.layers import Linear
 from blip2_actor.models.vision import VisionBlock
-from blip2_actor.quantization.fusing import fuse_activations
 from blip2_actor.quantization.int8 import FULL_WEIGHT, is_exact
 from blip2_actor.quantization.methods import require_method
+from blip2_actor.quantization.quantize import fuse_activations
 from blip2_actor.quantization.row_scaled import FP8, LARGEST, RowScaledWeight, scale_rows
 
 DTYPES = (torch.int8, FP8)
