@@ -120,7 +120,9 @@ class ModelRunner:
         for request in requests:
             self._ensure_slots_hold(self.prefix_length(request), request.options.max_new_tokens)
         flat = to_device([t for request in requests for t in request.prompt_ids], self.device)
-        texts = self.model.embed_tokens(flat).split([len(request.prompt_ids) for request in requests])
+        texts = self.language_model.embed_tokens(flat).split(
+            [len(request.prompt_ids) for request in requests]
+        )
         images = [request.image.prefix for request in requests if request.image.prefix is not None]
         prefixes = [torch.cat(pair) for pair in zip(images, texts, strict=True)]
         return self.language_model.prefill(prefixes, slots, self.slots)
@@ -205,7 +207,7 @@ class ModelRunner:
         """
 
         def read(batch: list[list[int]]) -> list[Tensor]:
-            features = self.model.text_features(ids_to_device(batch, self.device), recorder)
+            features = self.language_model.text_features(ids_to_device(batch, self.device), recorder)
             return list(torch.cat(features).cpu().split([len(ids) for ids in batch]))
 
         return self._text_batches.run(read, token_ids)

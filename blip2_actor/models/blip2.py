@@ -24,7 +24,6 @@ from transformers import Blip2Config
 
 from blip2_actor.models.layers import Linear
 from blip2_actor.models.opt import OptDecoder
-from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.models.t5 import T5
 from blip2_actor.models.vision_qformer import VisionQFormer
 
@@ -49,10 +48,6 @@ class Blip2(VisionQFormer):
         """Return the image as the language model reads it: float[B, Q, Dq] -> float[B, Q, Dw]."""
         return self.language_projection(qformer_features)
 
-    def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        """int64[..., T] -> float[..., T, Dw]."""
-        return self.language_model.embed_tokens(token_ids)
-
     def prefix_ids(self, prompt_ids: list[int]) -> list[int]:
         """Return the ids that the reference's logits processors see before the first new token.
 
@@ -62,14 +57,6 @@ class Blip2(VisionQFormer):
         is_known = image_token_id is not None and 0 <= image_token_id < vocab_size
         image_ids = [image_token_id] * self.config.num_query_tokens if is_known else []
         return self.language_model.prefix_ids(image_ids + prompt_ids)
-
-    def text_features(self, texts: list[Tensor], recorder: Recorder = NO_RECORDER) -> list[Tensor]:
-        """Return the last hidden states of texts without an image.
-
-        They are those of the language model (of T5: of its encoder): int64[T_i] each -> float[T_i, Dw] each.
-        A recorder takes the hidden states and the attentions of one text.
-        """
-        return self.language_model.text_features(texts, recorder)
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor | None = None

@@ -175,7 +175,9 @@ class KVCache:
 
     def grow(self, prefix_length: int, max_new_tokens: int) -> None:
         """Lengthen every slot to a multiple of `GROWTH`, so that growing is rare."""
-        length = max(self.max_length, -(-(prefix_length + max_new_tokens) // GROWTH) * GROWTH)
+        if self.holds(prefix_length, max_new_tokens):
+            return
+        length = -(-(prefix_length + max_new_tokens) // GROWTH) * GROWTH
         num_layers, num_slots, old_length, width = self.kv.shape
         grown = _zeros((num_layers, num_slots, length, width), self.kv.device, self.kv.dtype)
         grown[:, : self._num_written, :old_length] = self.kv[:, : self._num_written]

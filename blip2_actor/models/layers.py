@@ -26,17 +26,6 @@ ACTIVATIONS: dict[str, Activation] = {
 """By their names in configurations."""
 
 
-def find_activation(name: str) -> Activation:
-    """Return the activation function that a configuration calls `name`.
-
-    Raises:
-        ValueError: this package has no such activation.
-    """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"the activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
-    return ACTIVATIONS[name]
-
-
 class QuantizedWeight(Protocol):
     """A weight that is stored in fewer bits and multiplies by itself (`blip2_actor/quantization/`)."""
 
@@ -68,7 +57,7 @@ class Linear(nn.Linear):
         self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
-        self.activation = find_activation(activation) if activation else None
+        self.activation = ACTIVATIONS[activation] if activation else None
         self._activation_name = activation
         self._packed: Tensor | None = None
         self._has_both = False
@@ -79,7 +68,7 @@ class Linear(nn.Linear):
         """Do nothing: loading overwrites every weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._packed is not None and not (self._has_both and _num_rows(input) <= FEW_ROWS):
+        if self._packed is not None and not (self._has_both and input.numel() <= FEW_ROWS * self.in_features):
             post, algorithm = _ONEDNN_POST_OPS[self._activation_name]
             return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, post, [], algorithm)
         if self.quantized is not None:
@@ -141,10 +130,6 @@ gelu takes as long packed as plain for one row, and less for more."""
 
 FEW_ROWS = 32
 """Rows up to which a small layer is not slower plain than packed."""
-
-
-def _num_rows(input: Tensor) -> int:
-    return input.numel() // input.shape[-1]
 
 
 def packed_dtypes() -> set[torch.dtype]:

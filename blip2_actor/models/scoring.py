@@ -42,9 +42,8 @@ def text_logprobs(
     """
     device = prefixes[0].device
     prompts, texts = ids_to_device(prompt_ids, device), ids_to_device(text_ids, device)
-    inputs = [
-        torch.cat([prefix, model.embed_tokens(ids)]) for prefix, ids in zip(prefixes, prompts, strict=True)
-    ]
+    embed = model.language_model.embed_tokens
+    inputs = [torch.cat([prefix, embed(ids)]) for prefix, ids in zip(prefixes, prompts, strict=True)]
     logits = torch.cat(model.language_model.predict(inputs, texts, recorder))
     losses = F.cross_entropy(logits.float(), torch.cat(texts), reduction="none")
     return list((-losses).cpu().split([len(text) for text in texts]))

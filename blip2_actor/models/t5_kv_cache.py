@@ -35,10 +35,8 @@ class T5KVCache:
         return self.own.holds(1, max_new_tokens) and self.cross.holds(prefix_length, 0)
 
     def grow(self, prefix_length: int, max_new_tokens: int) -> None:
-        if not self.own.holds(1, max_new_tokens):
-            self.own.grow(1, max_new_tokens)
-        if not self.cross.holds(prefix_length, 0):
-            self.cross.grow(prefix_length, 0)
+        self.own.grow(1, max_new_tokens)
+        self.cross.grow(prefix_length, 0)
 
     def set_prefix_lengths(self, slots: list[int], prefix_lengths: list[int]) -> None:
         for slot, length in zip(slots, prefix_lengths, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config
 
-from blip2_actor.models.layers import Embedding, Linear, find_activation
+from blip2_actor.models.layers import ACTIVATIONS, Embedding, Linear
 
 
 class T5Norm(nn.Module):
@@ -80,7 +80,7 @@ class T5Layer(nn.Module):
             self.cross_out_proj = Linear(inner, width, bias=False)
         self.mlp_norm = T5Norm(width, eps)
         self.is_gated = config.is_gated_act
-        self.activation = find_activation(config.dense_act_fn)
+        self.activation = ACTIVATIONS[config.dense_act_fn]
         self.wi = Linear(width, config.d_ff * (2 if self.is_gated else 1), bias=False)
         self.wo = Linear(config.d_ff, width, bias=False)
 

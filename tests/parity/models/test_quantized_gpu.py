@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from blip2_actor import EngineConfig, GenerationOptions, Request
-from blip2_actor.models.layers import find_activation
+from blip2_actor.models.layers import ACTIVATIONS
 from blip2_actor.quantization.methods import MIN_CAPABILITY
 from blip2_actor.quantization.row_scaled import FP8, RowScaledWeight
 from blip2_actor.testing import save_random_checkpoint
@@ -65,7 +65,7 @@ def test_the_kernel_computes_the_activation_before_the_layer(name: str) -> None:
     quantized = RowScaledWeight(weight.cuda(), FP8)
     quantized.input_activation = name
     found = quantized(x.cuda(), None).float().cpu()
-    expected = RowScaledWeight(weight, FP8)(find_activation(name)(x.float()), None)
+    expected = RowScaledWeight(weight, FP8)(ACTIVATIONS[name](x.float()), None)
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 

@@ -130,6 +130,6 @@ def test_features_equal_the_reference(language: str, checkpoint_folder: Callable
         ours.qformer_features(image_embeds), theirs.get_qformer_features(pixel_values), rtol=1e-4, atol=1e-4
     )
     texts = [make_ids(n) for n in (4, 9, 4)]
-    for text, features in zip(texts, ours.text_features(texts), strict=True):
+    for text, features in zip(texts, ours.language_model.text_features(texts), strict=True):
         expected = theirs.get_text_features(text[None]).last_hidden_state[0]
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)

@@ -56,7 +56,7 @@ def test_first_logits_equal_the_reference(model, reference, pixel_values, prompt
     input_ids = torch.tensor([[IMAGE_TOKEN_ID] * NUM_QUERIES + text]).expand(3, -1)
     expected = reference()(pixel_values=pixel_values, input_ids=input_ids).logits[:, -1]
     prefix = model.project(model.qformer_features(model.image_features(pixel_values)))
-    embeds = model.embed_tokens(torch.tensor(text)).expand(3, -1, -1)
+    embeds = model.language_model.embed_tokens(torch.tensor(text)).expand(3, -1, -1)
     cache = model.language_model.new_kv_cache(4, prefix.shape[1] + len(text), 5)
     logits = model.language_model.prefill(list(torch.cat([prefix, embeds], 1)), [2, 0, 3], cache)
     assert_close(logits, expected, atol=1e-5, rtol=1e-5)
