@@ -12,7 +12,7 @@ from blip2_actor.checkpoints.download import cache_folder
 from blip2_actor.checkpoints.weights.adapter import merge_adapter
 from blip2_actor.checkpoints.weights.lavis import overlay_lavis
 from blip2_actor.checkpoints.weights.load_weights import load_weights
-from blip2_actor.checkpoints.weights.name_map import Rule, find_target, opt_rules, retrieval_rules, t5_rules
+from blip2_actor.checkpoints.weights.name_map import Rule, find_target, name_map
 from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
 from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.blip2 import Blip2
@@ -24,8 +24,6 @@ from blip2_actor.quantization.quantize import Calibration, QuantizationRecord, q
 
 phases = logging.getLogger("blip2_actor.phases")
 """Says what an engine does at its start, for hosts that show it to a person."""
-LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}
-"""Name maps by `model_type` of the text configuration."""
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
 """A checkpoint that stores both (Flan-T5's does) does not share them, whatever its configuration says."""
 
@@ -56,17 +54,15 @@ def load_model(
     """
     phases.info("loading the weights")
     model = _build(checkpoint, dtype)
-    split = None
-    if device_map is not None:
+    if device_map is None:
+        _allocate(model, device)
+        _fill(model, checkpoint, image_size_px)
+    else:
         from blip2_actor.checkpoints.device_map import ModelSplit  # imports accelerate, only needed here
 
         split = ModelSplit(model, device_map, device, cache_folder() / "offload")
-    if split is None:
-        _allocate(model, device)
-    else:
         split.materialize()
-    _fill(model, checkpoint, image_size_px)
-    if split is not None:
+        _fill(model, checkpoint, image_size_px)
         split.attach()
     model.normalizer = _normalizer(checkpoint).to(device)
     return model
@@ -170,8 +166,8 @@ def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
 def rules_of(checkpoint: Checkpoint) -> list[Rule]:
     """Return the name map of a model."""
     config = checkpoint.retrieval_config if checkpoint.is_retrieval else checkpoint.config
-    make = retrieval_rules if checkpoint.is_retrieval else LANGUAGE_RULES[config.text_config.model_type]
-    return make(config.qformer_config.cross_attention_frequency)
+    reader = "bert" if checkpoint.is_retrieval else config.text_config.model_type
+    return name_map(reader, config.qformer_config.cross_attention_frequency)
 
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

@@ -7,8 +7,9 @@ straight into its parameter (or into its part of a fused one), so that the weigh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 
@@ -18,6 +19,50 @@ from torch import Tensor, nn
 from blip2_actor.checkpoints.weights.mismatch import Mismatch
 from blip2_actor.checkpoints.weights.name_map import UNUSED, Rule, find_target
 from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of a checkpoint, and the memory of a model that it fills."""
+
+    name: str
+    """Of the tensor in the checkpoint."""
+    stored: StoredTensor
+    parameter: str
+    """Our name of the parameter."""
+    elements: Tensor
+    """The elements of the parameter that the tensor fills, flat."""
+    memory: tuple[int, int | None]
+    """The same for all tensors that fill the same elements: shared weights that are stored more than once."""
+
+
+def find_places(
+    model: nn.Module, tensors: Mapping[str, StoredTensor], rules: list[Rule]
+) -> tuple[list[Place], Mismatch]:
+    """Return where the tensors of a checkpoint go, and what does not fit."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    places, mismatch, reshaped = [], Mismatch(), set()
+    for name, stored in tensors.items():
+        target = find_target(name, rules)
+        parameter = None if target is None else parameters.get(target.name)
+        if target is None or parameter is None:
+            if not UNUSED.fullmatch(name):
+                mismatch.unexpected.append(name)
+            continue
+        elements = _slice_of(parameter.detach(), target.part, stored.shape)
+        if elements is None:
+            shapes = f"{list(stored.shape)}, which does not fit {list(parameter.shape)}"
+            mismatch.reshaped.append(f"{name} ({shapes})")
+            reshaped.add(id(parameter))
+        else:
+            places.append(Place(name, stored, target.name, elements, (id(parameter), target.part)))
+    num_filled: Counter[int] = Counter()
+    for place in {place.memory: place for place in places}.values():
+        num_filled[place.memory[0]] += place.elements.numel()
+    mismatch.missing += [
+        name for name, p in parameters.items() if num_filled[id(p)] != p.numel() and id(p) not in reshaped
+    ]
+    return places, mismatch
 
 
 def load_weights(
@@ -44,74 +89,38 @@ def load_weights(
             tensors that should be equal differ.
         OSError: a file is incomplete.
     """
-    plan = _plan_reading(model, tensors, rules)
-    plan.mismatch.refuse(origin)
-    waiting: dict[str, list[tuple[StoredTensor, Tensor]]] = {name: [] for name in later}
-    for name, (stored, destination) in plan.reads.items():
-        parameter = plan.targets[name]
-        if parameter in waiting:
-            waiting[parameter].append((stored, destination))
+    places, mismatch = find_places(model, tensors, rules)
+    mismatch.refuse(origin)
+    first: dict[tuple[int, int | None], Place] = {}
+    repeats = [place for place in places if first.setdefault(place.memory, place) is not place]
+    waiting: dict[str, list[Place]] = {name: [] for name in later}
+    for place in first.values():
+        if place.parameter in waiting:
+            waiting[place.parameter].append(place)
         else:
-            _fill([(stored, destination)])
-    for name, (stored, destination) in plan.repeats.items():
-        if not _equals(stored, destination):
+            _fill([place])
+    for place in repeats:
+        if not _is_filled(place):
             raise ValueError(
-                f"{name} in {origin} differs from the tensor that it should equal; save the model again with "
-                "save_pretrained"
+                f"{place.name} in {origin} differs from the tensor that it should equal; save the model "
+                "again with save_pretrained"
             )
-    return {name: partial(_fill, reads) for name, reads in waiting.items()}
+    return {name: partial(_fill, places) for name, places in waiting.items()}
 
 
-def _fill(reads: Iterable[tuple[StoredTensor, Tensor]]) -> None:
-    for stored, destination in reads:
-        for start, piece in stored.pieces():
-            destination[start : start + len(piece)].copy_(piece)
+def _fill(places: Iterable[Place]) -> None:
+    for place in places:
+        for start, piece in place.stored.pieces():
+            place.elements[start : start + len(piece)].copy_(piece)
 
 
-@dataclass
-class _ReadingPlan:
-    """Tensors by their names in the checkpoint, each with the flat memory that it fills."""
-
-    reads: dict[str, tuple[StoredTensor, Tensor]] = field(default_factory=dict)
-    targets: dict[str, str] = field(default_factory=dict)
-    """The parameter that each tensor of `reads` fills."""
-    repeats: dict[str, tuple[StoredTensor, Tensor]] = field(default_factory=dict)
-    """Tensors for memory that another one fills: shared weights that are stored more than once."""
-    mismatch: Mismatch = field(default_factory=Mismatch)
+def _is_filled(place: Place) -> bool:
+    """Return whether a tensor equals the memory that it would fill."""
+    loaded = place.elements
+    return all(torch.equal(loaded[i : i + len(x)], x.to(loaded)) for i, x in place.stored.pieces())
 
 
-def _plan_reading(model: nn.Module, tensors: Mapping[str, StoredTensor], rules: list[Rule]) -> _ReadingPlan:
-    plan = _ReadingPlan()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    num_filled: dict[int, dict[int | None, int]] = {id(p): {} for p in parameters.values()}
-    for name, stored in tensors.items():
-        target = find_target(name, rules)
-        if target is None or target.name not in parameters:
-            if not UNUSED.fullmatch(name):
-                plan.mismatch.unexpected.append(name)
-            continue
-        parameter = parameters[target.name]
-        parts = num_filled[id(parameter)]
-        destination = slice_of(parameter.data, target.part, stored.shape)
-        if destination is None:
-            shapes = f"({list(stored.shape)}, which does not fit {list(parameter.shape)})"
-            plan.mismatch.reshaped[name] = shapes
-            parts[target.part] = 0
-        elif target.part in parts:
-            plan.repeats[name] = stored, destination
-        else:
-            plan.reads[name] = stored, destination
-            plan.targets[name] = target.name
-            parts[target.part] = destination.numel()
-    plan.mismatch.missing += [
-        name
-        for name, p in parameters.items()
-        if sum(num_filled[id(p)].values()) != p.numel() and 0 not in num_filled[id(p)].values()
-    ]
-    return plan
-
-
-def slice_of(parameter: Tensor, part: int | None, shape: tuple[int, ...]) -> Tensor | None:
+def _slice_of(parameter: Tensor, part: int | None, shape: tuple[int, ...]) -> Tensor | None:
     """Return the flat elements of `parameter` that a tensor of `shape` fills, or None if it does not fit."""
     if part is None:
         fits = parameter.numel() == prod(shape) and parameter.shape[:1] == shape[:1]
@@ -119,7 +128,3 @@ def slice_of(parameter: Tensor, part: int | None, shape: tuple[int, ...]) -> Ten
     rows = shape[0] if shape else 0
     destination = parameter[part * rows : (part + 1) * rows]
     return destination.view(-1) if destination.shape == shape else None
-
-
-def _equals(stored: StoredTensor, loaded: Tensor) -> bool:
-    return all(torch.equal(loaded[i : i + len(piece)], piece.to(loaded)) for i, piece in stored.pieces())

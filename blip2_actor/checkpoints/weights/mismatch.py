@@ -27,7 +27,7 @@ class Mismatch:
     """Our names of parameters that no tensor fills."""
     unexpected: list[str] = field(default_factory=list)
     """Names of tensors that fill no parameter."""
-    reshaped: dict[str, str] = field(default_factory=dict)
+    reshaped: list[str] = field(default_factory=list)
     """Names of tensors of another shape, each with both shapes."""
 
     def refuse(self, origin: str) -> None:
@@ -35,38 +35,34 @@ class Mismatch:
         kinds = {
             "missing": self.missing,
             "unexpected": self.unexpected,
-            "of another shape": list(self.reshaped),
+            "of another shape": self.reshaped,
         }
         kinds = {kind: sorted(names) for kind, names in kinds.items() if names}
         if not kinds:
             return
         for kind, names in kinds.items():
             for name in names:
-                logger.debug("%s: %s %s", kind, name, self.reshaped.get(name, ""))
+                logger.debug("%s: %s", kind, name)
         counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items())
-        lines = [line for kind, names in kinds.items() for line in self._lines(kind, names)]
+        lines = [line for kind, names in kinds.items() for line in _lines(kind, names)]
+        reason = next(reason for applies, reason in _REASONS if applies(self))
         raise ValueError(
-            f"the tensors in {origin} do not match its config.json ({counts}); {self._reason()}:\n  "
+            f"the tensors in {origin} do not match its config.json ({counts}); {reason}:\n  "
             + "\n  ".join(lines)
         )
 
-    def _lines(self, kind: str, names: list[str]) -> list[str]:
-        """Return one line for each module, the first ones; the last line counts those of the others too."""
-        modules = Counter(map(_module, names)).most_common()
-        lines = []
-        for module, count in modules[:MAX_MODULES]:
-            example = next(name for name in names if _module(name) == module)
-            shapes = f" {self.reshaped[example]}" if kind == "of another shape" else ""
-            lines.append(
-                f"{kind}: {example}{shapes}" + (f" and {count - 1} more in {module}" if count > 1 else "")
-            )
-        if len(modules) > MAX_MODULES:
-            rest = sum(count for _, count in modules[MAX_MODULES:])
-            lines[-1] += f", and {rest} in {len(modules) - MAX_MODULES} other modules"
-        return lines
 
-    def _reason(self) -> str:
-        return next(reason for applies, reason in _REASONS if applies(self))
+def _lines(kind: str, names: list[str]) -> list[str]:
+    """Return one line for each module, the first ones; the last line counts those of the others too."""
+    modules = Counter(map(_module, names)).most_common()
+    lines = []
+    for module, count in modules[:MAX_MODULES]:
+        example = next(name for name in names if _module(name) == module)
+        lines.append(f"{kind}: {example}" + (f" and {count - 1} more in {module}" if count > 1 else ""))
+    if len(modules) > MAX_MODULES:
+        rest = sum(count for _, count in modules[MAX_MODULES:])
+        lines[-1] += f", and {rest} in {len(modules) - MAX_MODULES} other modules"
+    return lines
 
 
 def _module(name: str) -> str:

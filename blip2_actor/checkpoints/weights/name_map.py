@@ -57,19 +57,14 @@ def find_target(name: str, rules: list[Rule]) -> Target | None:
     return next((target for rule in rules if (target := rule.target(name)) is not None), None)
 
 
-def opt_rules(cross_attention_frequency: int) -> list[Rule]:
-    """Return the name map of a checkpoint whose language model is OPT."""
-    return [*_VISION, *_qformer_rules(cross_attention_frequency), *_opt_rules()]
+def name_map(reader: str, cross_attention_frequency: int) -> list[Rule]:
+    """Return the name map of a checkpoint.
 
-
-def t5_rules(cross_attention_frequency: int) -> list[Rule]:
-    """Return the name map of a checkpoint whose language model is T5."""
-    return [*_VISION, *_qformer_rules(cross_attention_frequency), *_t5_rules()]
-
-
-def retrieval_rules(cross_attention_frequency: int) -> list[Rule]:
-    """Return the name map of a checkpoint for image-text retrieval."""
-    return [*_VISION, *_qformer_rules(cross_attention_frequency), *_RETRIEVAL]
+    Args:
+        reader: model that reads the text: "opt", "t5", or "bert" for the Q-Former of a retrieval checkpoint.
+        cross_attention_frequency: as in the configuration of the Q-Former.
+    """
+    return [*_VISION, *_qformer_rules(cross_attention_frequency), *_RULES_OF_READERS[reader]()]
 
 
 _VISION = [
@@ -183,10 +178,14 @@ def _t5_cross_attention_rules() -> list[Rule]:
     ]
 
 
-_RETRIEVAL = [
-    Rule("embeddings.word_embeddings.weight", "word_embeddings.weight"),
-    Rule("embeddings.position_embeddings.weight", "position_embeddings.weight"),
-    Rule("vision_projection.{wb}", "vision_projection.{wb}"),
-    Rule("text_projection.{wb}", "text_projection.{wb}"),
-    Rule("itm_head.{wb}", "itm_head.{wb}"),
-]
+def _retrieval_rules() -> list[Rule]:
+    return [
+        Rule("embeddings.word_embeddings.weight", "word_embeddings.weight"),
+        Rule("embeddings.position_embeddings.weight", "position_embeddings.weight"),
+        Rule("vision_projection.{wb}", "vision_projection.{wb}"),
+        Rule("text_projection.{wb}", "text_projection.{wb}"),
+        Rule("itm_head.{wb}", "itm_head.{wb}"),
+    ]
+
+
+_RULES_OF_READERS = {"opt": _opt_rules, "t5": _t5_rules, "bert": _retrieval_rules}

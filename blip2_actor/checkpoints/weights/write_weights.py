@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blip2_actor.checkpoints.weights.load_weights import slice_of
-from blip2_actor.checkpoints.weights.name_map import UNUSED, Rule, find_target
+from blip2_actor.checkpoints.weights.load_weights import find_places
+from blip2_actor.checkpoints.weights.name_map import Rule
 from blip2_actor.checkpoints.weights.safetensors_file import DTYPES
 from blip2_actor.checkpoints.weights.stored_tensor import PIECE_BYTES, StoredTensor
 
@@ -33,28 +33,21 @@ def tensors_to_write(
         ValueError: the model is of another shape, is packed or quantized, or has weights that the checkpoint
             does not store.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[str, Tensor] = {}
-    written: set[int] = set()
-    for name, stored in tensors.items():
-        target = find_target(name, rules)
-        parameter = None if target is None else parameters.get(target.name)
-        if target is None or parameter is None:
-            if UNUSED.fullmatch(name):
-                continue
-            raise ValueError(f"the model must have the weights of the checkpoint, but lacks {name}")
-        elements = slice_of(parameter.detach(), target.part, stored.shape)
-        if elements is None:
-            raise ValueError(
-                f"{target.name} must fit {name} in the checkpoint, {list(stored.shape)}, got "
-                f"{list(parameter.shape)}; save a model of load_for_training, which is neither packed nor "
-                "quantized"
-            )
-        found[name] = elements.view(stored.shape)
-        written.add(id(parameter))
-    if lost := [name for name, parameter in parameters.items() if id(parameter) not in written]:
-        raise ValueError(f"the model must have no other weights than the checkpoint, got {', '.join(lost)}")
-    return found
+    places, mismatch = find_places(model, tensors, rules)
+    if mismatch.unexpected:
+        raise ValueError(
+            f"the model must have the weights of the checkpoint, but lacks {mismatch.unexpected[0]}"
+        )
+    if mismatch.reshaped:
+        raise ValueError(
+            f"the model must have weights of the checkpoint's shapes, got {mismatch.reshaped[0]}; save a "
+            "model of load_for_training, which is neither packed nor quantized"
+        )
+    if mismatch.missing:
+        raise ValueError(
+            f"the model must have no other weights than the checkpoint, got {', '.join(mismatch.missing)}"
+        )
+    return {place.name: place.elements.view(place.stored.shape) for place in places}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import OPTForCausalLM
 
 from blip2_actor.checkpoints.weights.load_weights import load_weights
-from blip2_actor.checkpoints.weights.name_map import opt_rules
+from blip2_actor.checkpoints.weights.name_map import name_map
 from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.opt import OptDecoder
 from blip2_actor.testing import randomize_weights, tiny_config
@@ -43,7 +43,7 @@ def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OptDecoder, 
     tensors = {f"language_model.{name}": p.detach() for name, p in reference.named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors")
     ours = OptDecoder(config).eval()
-    load_weights(Holder(ours), list_weights(tmp_path), opt_rules(2), "a test")
+    load_weights(Holder(ours), list_weights(tmp_path), name_map("opt", 2), "a test")
     return ours, reference
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import Blip2ForConditionalGeneration, Blip2Model
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
-from blip2_actor.checkpoints.loading import LANGUAGE_RULES, load_model
+from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.checkpoints.weights.load_weights import load_weights
+from blip2_actor.checkpoints.weights.name_map import name_map
 from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.scoring import text_logprobs
@@ -77,7 +78,7 @@ def test_loss_and_gradients_equal_the_reference(
     load_weights(
         expected_gradients,
         list_weights(tmp_path),
-        LANGUAGE_RULES[language](theirs.config.qformer_config.cross_attention_frequency),
+        name_map(language, theirs.config.qformer_config.cross_attention_frequency),
         "a test",
     )
     counterparts = dict(expected_gradients.named_parameters())
