@@ -16,7 +16,7 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import disable_progress_bars
 
 from blip2_actor.checkpoints.hub_patience import retry_while_busy
 from blip2_actor.checkpoints.weights.lavis import SUFFIX as LAVIS_SUFFIX
@@ -194,17 +194,9 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
         )
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Let the hub's client draw no bars inside the block: it draws several also for a few kilobytes."""
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
-        yield  # as the user wants it
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
+def _without_bars() -> AbstractContextManager[object]:
+    """Let the hub's client draw no bars unless the user wants them: it draws several for a few kilobytes."""
+    return nullcontext() if constants.HF_HUB_DISABLE_PROGRESS_BARS is False else disable_progress_bars()
 
 
 def _announce(model: str, missing_bytes: int) -> None:
