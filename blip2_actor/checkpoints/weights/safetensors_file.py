@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import cast
@@ -53,11 +52,15 @@ class SafetensorsTensor:
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the elements in order, in pieces (see `StoredTensor.pieces`)."""
         buffer = torch.empty(min(PIECE_BYTES, self.num_bytes), dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as file:
+        with self.path.open("rb") as file:
             file.seek(self.start)
             for done in range(0, self.num_bytes, PIECE_BYTES):
                 piece = buffer[: self.num_bytes - done]
-                _read_whole(file, piece, self.path)
+                view = cast("bytearray", piece.numpy())  # numpy's annotations do not say that it is a buffer
+                if file.readinto(view) < len(piece):
+                    raise OSError(
+                        f"{self.path} must be a complete safetensors file, got an early end; fetch it again"
+                    )
                 yield done // self.dtype.itemsize, piece.view(self.dtype)
 
 
@@ -98,12 +101,3 @@ def list_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
             "convert it with transformers' from_pretrained(…, dtype=torch.bfloat16) and save_pretrained"
         )
     return found
-
-
-def _read_whole(file: FileIO, piece: Tensor, path: Path) -> None:
-    view = memoryview(cast("bytearray", piece.numpy()))  # numpy's annotations do not say that it is a buffer
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise OSError(f"{path} must be a complete safetensors file, got an early end; fetch it again")
-        view = view[count:]
