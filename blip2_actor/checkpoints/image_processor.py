@@ -74,7 +74,8 @@ class ImageProcessor:
             require(_is_exact(rescale_factor), "rescale_factor", "1 divided by a whole number, such as 1/255")
         else:
             rescale_factor = 1.0
-        mean, std = (_per_channel(fields.get(name, default)) for name, default in _NORMALIZATION)
+        mean = _per_channel(fields.get("image_mean", MEAN))
+        std = _per_channel(fields.get("image_std", STD))
         require(mean is not None, "image_mean", "a number or three numbers")
         require(std is not None and 0 not in std, "image_std", "a number or three numbers other than 0")
         if not fields.get("do_normalize", True):
@@ -107,9 +108,6 @@ class ImageProcessor:
                 f"{asked_px}; the nearest is {nearest_px}"
             )
         return asked_px
-
-
-_NORMALIZATION = (("image_mean", MEAN), ("image_std", STD))
 
 
 def _side(size: object, is_square: bool) -> int | None:
