@@ -62,10 +62,7 @@ class KVCacheProtocol(Protocol):
 
 
 class LanguageModel(Protocol):
-    """A language model whose decoder works in slots.
-
-    The arguments named `cache` are KV caches from its own `new_kv_cache`.
-    """
+    """A language model whose decoder works in slots."""
 
     embed_tokens: Embedding
     lm_head: Linear
@@ -118,14 +115,31 @@ class LanguageModel(Protocol):
         ...
 
     def prefill(self, prefixes: list[Tensor], slots: list[int], cache: Any) -> Tensor:
-        """Write prefixes into slots: float[T_i, Dw] each -> float[N, V], logits of the first new tokens."""
+        """Write prefixes into slots.
+
+        Args:
+            prefixes: float[T_i, Dw] each; lengths may differ.
+            slots: one per prefix.
+            cache: from `new_kv_cache`.
+
+        Returns:
+            float[N, V], the logits of the first new token of each text.
+        """
         ...
 
     def decode(self, token_ids: Tensor, lengths: Tensor, cache: Any, kv_len: int) -> Tensor:
-        """Append one token to each of the slots 0..R-1: int64[R], int64[R] -> float[R, V].
+        """Append one token to each of the slots 0..R-1.
 
-        R, `kv_len` (the number of positions to attend to) and `KVCacheProtocol.step_shape` fix all shapes,
-        and all values come from tensors. The function never waits for the device, so that a CUDA graph
-        can capture it.
+        R, `kv_len` and `KVCacheProtocol.step_shape` fix all shapes, and all values come from tensors. The
+        function never waits for the device, so that a CUDA graph can capture it.
+
+        Args:
+            token_ids: int64[R], the token to append to each slot.
+            lengths: int64[R], positions already in each slot, including T5's start token.
+            cache: from `new_kv_cache`.
+            kv_len: number of positions to attend to, greater than all of `lengths`.
+
+        Returns:
+            float[R, V], the logits of the next tokens.
         """
         ...

@@ -68,7 +68,10 @@ class OptLayer(nn.Module):
 
 
 class OptDecoder(nn.Module):
-    """Embeddings, layers and head. The same object serves `forward` (training) and slots (generation)."""
+    """Embeddings, layers and head; `LanguageModel` says what its methods take and return.
+
+    The same object serves `forward` (training) and slots (generation).
+    """
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -134,11 +137,7 @@ class OptDecoder(nn.Module):
     def predict(
         self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder = NO_RECORDER
     ) -> list[Tensor]:
-        """Compute the logits that predict given texts.
-
-        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each. A recorder takes the hidden states and
-        the attentions of one text.
-        """
+        """Compute the logits that predict given texts."""
         pairs = list(zip(prefixes, texts, strict=True))
         sequences = [torch.cat([prefix, self.embed_tokens(text[:-1])]) for prefix, text in pairs]
         packing = Packing([len(s) for s in sequences], prefixes[0].device)
@@ -147,10 +146,7 @@ class OptDecoder(nn.Module):
         return list(self.lm_head(torch.cat(predicting)).split([len(t) for t in texts]))
 
     def text_features(self, texts: list[Tensor], recorder: Recorder = NO_RECORDER) -> list[Tensor]:
-        """Return the last hidden states of texts without an image: int64[T_i] each -> float[T_i, Dw] each.
-
-        A recorder takes the hidden states and the attentions of one text.
-        """
+        """Return the last hidden states of texts without an image."""
         packing = Packing([len(text) for text in texts], texts[0].device)
         inputs_embeds = packing.pack([self.embed_tokens(text) for text in texts])
         return packing.unpack(self._run_packed(inputs_embeds, packing, recorder))
@@ -174,16 +170,7 @@ class OptDecoder(nn.Module):
         return hidden
 
     def prefill(self, prefixes: list[Tensor], slots: list[int], cache: KVCache) -> Tensor:
-        """Run prefixes through the layers and write their keys and values into slots.
-
-        Args:
-            prefixes: float[T_i, Dw] each; lengths may differ.
-            slots: one per prefix.
-            cache: from `new_kv_cache`.
-
-        Returns:
-            float[N, V], the logits of the first new token of each text.
-        """
+        """Run prefixes through the layers and write their keys and values into slots."""
         lengths, device = [len(p) for p in prefixes], prefixes[0].device
         packing = Packing(lengths, device)
         ends = Packing([1] * len(lengths), device, keys=lengths)
@@ -204,17 +191,7 @@ class OptDecoder(nn.Module):
         return self._logits(hidden, update)[packing.restore_order]
 
     def decode(self, token_ids: Tensor, lengths: Tensor, cache: KVCache, kv_len: int) -> Tensor:
-        """Append one token to each of the slots 0..R-1. A CUDA graph can capture this function.
-
-        Args:
-            token_ids: int64[R], the token to append to each slot.
-            lengths: int64[R], positions already in each slot.
-            cache: from `new_kv_cache`.
-            kv_len: number of positions to attend to, greater than all of `lengths`.
-
-        Returns:
-            float[R, V], the logits of the next tokens.
-        """
+        """Append one token to each of the slots 0..R-1."""
         rows = cache.row_indices(lengths)
         attended = cache.attended(lengths + 1, kv_len)
         hidden = self._embed(self.embed_tokens(token_ids), lengths)

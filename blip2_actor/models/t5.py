@@ -32,7 +32,7 @@ SCALE = 1.0
 
 
 class T5(nn.Module):
-    """Embeddings, encoder, decoder and head.
+    """Embeddings, encoder, decoder and head; `LanguageModel` says what its methods take and return.
 
     The same object serves `forward` (training) and slots (generation).
     """
@@ -110,11 +110,7 @@ class T5(nn.Module):
     def predict(
         self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder = NO_RECORDER
     ) -> list[Tensor]:
-        """Compute the logits that predict given texts.
-
-        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each. A recorder takes the hidden states and
-        the attentions of one text.
-        """
+        """Compute the logits that predict given texts."""
         lengths = [(len(p), len(t)) for p, t in zip(prefixes, texts, strict=True)]
         prefix_packing, packing = (
             Packing(list(x), prefixes[0].device, lengths) for x in zip(*lengths, strict=True)
@@ -126,24 +122,12 @@ class T5(nn.Module):
         return packing.unpack(self._logits(decoded))
 
     def text_features(self, texts: list[Tensor], recorder: Recorder = NO_RECORDER) -> list[Tensor]:
-        """Return the encoder's output for texts without an image: int64[T_i] each -> float[T_i, Dw] each.
-
-        A recorder takes the hidden states and the attentions of one text.
-        """
+        """Return the encoder's output for texts without an image."""
         packing = Packing([len(text) for text in texts], texts[0].device)
         return packing.unpack(self._encode([self.embed_tokens(text) for text in texts], packing, recorder))
 
     def prefill(self, prefixes: list[Tensor], slots: list[int], cache: T5KVCache) -> Tensor:
-        """Encode prefixes, write their keys and values into slots, and decode the start token.
-
-        Args:
-            prefixes: float[T_i, Dw] each; lengths may differ.
-            slots: one per prefix.
-            cache: from `new_kv_cache`.
-
-        Returns:
-            float[N, V], the logits of the first new token of each text.
-        """
+        """Encode prefixes, write their keys and values into slots, and decode the start token."""
         lengths = [len(p) for p in prefixes]
         device = prefixes[0].device
         prefix_packing = Packing(lengths, device)
@@ -162,17 +146,7 @@ class T5(nn.Module):
         return self._logits(hidden)[packing.restore_order]
 
     def decode(self, token_ids: Tensor, lengths: Tensor, cache: T5KVCache, kv_len: int) -> Tensor:
-        """Append one token to each of the slots 0..R-1. A CUDA graph can capture this function.
-
-        Args:
-            token_ids: int64[R], the token to append to each slot.
-            lengths: int64[R], positions already in each slot, including the start token.
-            cache: from `new_kv_cache`.
-            kv_len: number of own positions to attend to, greater than all of `lengths`.
-
-        Returns:
-            float[R, V], the logits of the next tokens.
-        """
+        """Append one token to each of the slots 0..R-1."""
         prefixes = cache.attended_prefixes(token_ids.shape[0])
         rows = cache.own.row_indices(lengths)
         bias = self._causal_bias(lengths, kv_len).transpose(0, 1)  # float[R, H, >= kv_len]

@@ -49,10 +49,7 @@ class Int8Weight(QuantizedWeight):
         self._magic = torch.full((weight.shape[1],), MAGIC)
 
     def __call__(self, input: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-        """Multiply, add the bias, and apply the activation, all in float32.
-
-        float[..., D] -> float[..., N], in the dtype of `input`.
-        """
+        """Multiply, add the bias, and apply the activation, all in float32."""
         rows = input.reshape(-1, input.shape[-1])
         levels, largest = quantize_rows(rows, self._magic)
         product = multiply(levels, self._packed, self.scale, self._zero_points)

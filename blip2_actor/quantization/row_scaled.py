@@ -56,10 +56,7 @@ class RowScaledWeight(QuantizedWeight):
         """Computed before the rows are scaled."""
 
     def __call__(self, input: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-        """Compute the input's activation, multiply, add the bias, and apply the activation.
-
-        float[..., D] -> float[..., N], in the dtype of `input`.
-        """
+        """Compute the input's activation, multiply, add the bias, and apply the activation."""
         rows, name = input.reshape(-1, input.shape[-1]), self.input_activation
         if self._kernels is not None and input.dtype is torch.bfloat16:
             levels, largest = self._kernels.scale(

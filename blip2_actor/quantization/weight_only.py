@@ -30,10 +30,7 @@ class Int8StoredWeight(QuantizedWeight):
         self._block_channels = max(1, BLOCK_ELEMENTS // weight.shape[1])
 
     def __call__(self, input: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-        """Multiply, add the bias, and apply the activation.
-
-        float[..., D] -> float[..., N], in the dtype of `input`.
-        """
+        """Multiply, add the bias, and apply the activation."""
         scale = self._scale.to(input.dtype)
         if input.dtype is torch.float16:  # sums of unscaled levels would exceed its range
             output = F.linear(input, self._levels * scale[:, None], bias)
