@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from blip2_actor import EngineConfig, GenerationOptions, Request, load_for_training, save_model
+from blip2_actor import GenerationOptions, load_for_training, save_model
 from blip2_actor.checkpoints.weights.adapter import merge_adapter
 from blip2_actor.checkpoints.weights.stored_tensor import read_whole
 from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.testing import NUM_QUERIES, random_images
+from tests.parity.checkpoints.edited_checkpoint import engine_ids, pixel_values
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -24,7 +25,7 @@ pytestmark = [
 """PEFT calls what transformers has renamed, and warns about fields that it leaves out."""
 
 NUM_TOKENS = 8
-IMAGES = random_images(3)
+IMAGES = [image.numpy() for image in random_images(3)]
 
 
 @torch.no_grad()
@@ -42,30 +43,19 @@ def save_adapter(base: Path, folder: Path, *, safe: bool = True, **options: Any)
 
 
 @torch.no_grad()
-def expected_ids(
-    model: peft.PeftModel | Blip2ForConditionalGeneration, is_opt: bool
-) -> list[tuple[int, ...]]:
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    pixel_values = (IMAGES.permute(0, 3, 1, 2) / 255 - mean) / std
+def expected_ids(model: peft.PeftModel | Blip2ForConditionalGeneration, is_opt: bool) -> list[list[int]]:
     made = model.generate(
-        pixel_values=pixel_values, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False
+        pixel_values=pixel_values(IMAGES),
+        max_new_tokens=NUM_TOKENS,
+        min_new_tokens=NUM_TOKENS,
+        do_sample=False,
     )
-    return [tuple(row) for row in made[:, NUM_QUERIES + 1 if is_opt else 1 :].tolist()]
+    return made[:, NUM_QUERIES + 1 if is_opt else 1 :].tolist()
 
 
-def our_ids(model: Path, adapter: Path | None) -> list[tuple[int, ...]]:
-    config = EngineConfig(
-        model=str(model),
-        adapter=None if adapter is None else str(adapter),
-        device="cpu",
-        dtype="float32",
-        num_threads=1,
-        skip_self_test=True,
-    )
+def our_ids(model: Path, adapter: Path | None) -> list[list[int]]:
     options = GenerationOptions(max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS)
-    with config.build() as engine:
-        return [r.token_ids for r in engine.generate([Request(image=i.numpy()) for i in IMAGES], options)]
+    return engine_ids(model, IMAGES, options=options, adapter=None if adapter is None else str(adapter))
 
 
 EVERYWHERE = r".*\.(qkv|projection|fc1|fc2|query|key|value|dense|q_proj|v_proj|out_proj|q|v|wi_0|wo|o)"
