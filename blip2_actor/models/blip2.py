@@ -15,9 +15,6 @@ occupies one slot of a `KVCache` (`kv_cache.py`); `language_model.py` is the int
 
 from __future__ import annotations
 
-from typing import Self
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Blip2Config
@@ -38,11 +35,6 @@ class Blip2(VisionQFormer):
         super().__init__(config)
         self.language_projection = Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = LANGUAGE_MODELS[config.text_config.model_type](config.text_config)
-
-    def cast(self, dtype: torch.dtype) -> Self:
-        super().cast(dtype)
-        self.language_model.cast(dtype)
-        return self
 
     def project(self, qformer_features: Tensor) -> Tensor:
         """Return the image as the language model reads it: float[B, Q, Dq] -> float[B, Q, Dw]."""

@@ -10,9 +10,8 @@ Axis letters: `blip2.py`.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from blip2_actor.models.layers import Embedding, Linear
@@ -71,10 +70,6 @@ class LanguageModel(Protocol):
 
     def tie_weights(self) -> None:
         """Share the weight of the head with the embeddings."""
-        ...
-
-    def cast(self, dtype: torch.dtype) -> Self:
-        """Convert the weights to `dtype`, except those that must keep another dtype."""
         ...
 
     def __call__(self, prefix: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:

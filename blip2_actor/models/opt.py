@@ -93,9 +93,6 @@ class OptDecoder(nn.Module):
         """Share the weight of the head with the embeddings; call it again after `to_empty`."""
         self.lm_head.weight = self.embed_tokens.weight
 
-    def cast(self, dtype: torch.dtype) -> OptDecoder:
-        return self.to(dtype)
-
     def new_kv_cache(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> KVCache:
         weight, max_length = self.embed_positions.weight, prefix_length + max_new_tokens
         return KVCache(len(self.layers), num_slots, max_length, weight.shape[1], weight.device, weight.dtype)

@@ -5,8 +5,8 @@ cross-attention into slots, once per text, and decodes the start token; `decode`
 by one token. Prefixes of different lengths are packed one after the other, without padding.
 
 Flan-T5's activations exceed the range of float16. In a float16 model the residual stream and `wo` are
-float32 (`T5.cast`), the gated product is computed in float32, and an attention output that overflows is
-replaced by the largest float16. bfloat16 needs none of this; these checkpoints were trained in it.
+float32 (`KEPT_IN_FLOAT32`), the gated product is computed in float32, and an attention output that overflows
+is replaced by the largest float16. bfloat16 needs none of this; these checkpoints were trained in it.
 
 Source: arXiv:1910.10683, arXiv:2210.11416; transformers `T5ForConditionalGeneration`. Axis letters:
 `blip2.py`; here D is H * E, which may differ from Dw.
@@ -61,14 +61,6 @@ class T5(nn.Module):
     def tie_weights(self) -> None:
         """Share the weight of the head with the embeddings; call it again after `to_empty`."""
         self.lm_head.weight = self.embed_tokens.weight
-
-    def cast(self, dtype: torch.dtype) -> T5:
-        """Convert the weights to `dtype`, except those for which the range of float16 is too small."""
-        self.to(dtype)
-        if dtype is torch.float16:
-            for layer in (*self.encoder, *self.decoder):
-                layer.wo.float()
-        return self
 
     def new_kv_cache(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> T5KVCache:
         weight = self.embed_tokens.weight

@@ -18,6 +18,10 @@ from blip2_actor.models.qformer import QFormer
 from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.models.vision import PixelNormalizer, VisionEncoder
 
+KEPT_IN_FLOAT32 = {"query_tokens", "qformer", "wo"}
+"""Modules and parameters for which the range of float16 is too small (the reference's
+`_keep_in_fp32_modules`). `wo` is in T5's layers."""
+
 
 class VisionQFormer(nn.Module):
     """Images to query outputs."""
@@ -39,11 +43,12 @@ class VisionQFormer(nn.Module):
         return self.vision.class_embedding.dtype
 
     def cast(self, dtype: torch.dtype) -> Self:
-        """Convert the weights to `dtype`, except those for which the range of float16 is too small."""
+        """Convert the weights to `dtype`, except in float16 those of `KEPT_IN_FLOAT32`."""
         self.to(dtype)
         if dtype is torch.float16:
-            self.qformer.float()
-            self.query_tokens = nn.Parameter(self.query_tokens.float())
+            for name, parameter in self.named_parameters():
+                if not KEPT_IN_FLOAT32.isdisjoint(name.split(".")):
+                    parameter.data = parameter.data.float()
         return self
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
