@@ -36,8 +36,7 @@ def read_model_config(folder: Path) -> Blip2Config:
     except Exception as error:  # transformers raises errors of many classes for a value that it cannot use
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} must describe a BLIP-2, got {reason}; fetch it again") from error
-    _require_sizes(config, path)
-    _require_activations(config, path)
+    _require_values(config, path)
     return config
 
 
@@ -54,13 +53,13 @@ def _refuse_quantized(quantization: Any, folder: Path) -> None:
     )
 
 
-def _require_sizes(config: Blip2Config, path: Path) -> None:
+def _require_values(config: Blip2Config, path: Path) -> None:
     """Check what no shape of a tensor shows."""
 
-    def require(holds: bool, name: str, rule: str) -> None:
+    def require(holds: bool, name: str, rule: str, advice: str = "fetch the file again") -> None:
         if not holds:
             got = attrgetter(name)(config)
-            raise ValueError(f"{name} in {path} must be {rule}, got {got!r}; fetch the file again")
+            raise ValueError(f"{name} in {path} must be {rule}, got {got!r}; {advice}")
 
     require(isinstance(config.architectures, list | None), "architectures", "a list of names")
     vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
@@ -71,29 +70,20 @@ def _require_sizes(config: Blip2Config, path: Path) -> None:
     require(config.num_query_tokens > 0, "num_query_tokens", "at least 1")
     require(qformer.cross_attention_frequency > 0, "qformer_config.cross_attention_frequency", "at least 1")
     parts = {"vision_config": vision, "qformer_config": qformer}
+    activations = ["vision_config.hidden_act", "qformer_config.hidden_act"]
     if text.model_type == "opt":  # the heads of a T5 have a width of their own
         parts["text_config"] = text
+        activations.append("text_config.activation_function")
     if text.model_type == "t5":  # the rows of the position bias: half for one distance each, half for ranges
         num_rows, max_distance = text.relative_attention_num_buckets, text.relative_attention_max_distance
         require(num_rows >= 4, "text_config.relative_attention_num_buckets", "at least 4")
         rule = f"above half of relative_attention_num_buckets ({num_rows})"
         require(max_distance > num_rows // 2, "text_config.relative_attention_max_distance", rule)
+        activations.append("text_config.dense_act_fn")
     for name, part in parts.items():
         heads, width = part.num_attention_heads, part.hidden_size
         fits = heads > 0 and width % heads == 0
         require(fits, f"{name}.num_attention_heads", f"a divisor of hidden_size ({width})")
-
-
-def _require_activations(config: Blip2Config, path: Path) -> None:
-    """Check the functions that the layers compute."""
-    fields = {"vision_config": "hidden_act", "qformer_config": "hidden_act"}
-    field_of_text = {"opt": "activation_function", "t5": "dense_act_fn"}.get(config.text_config.model_type)
-    if field_of_text is not None:  # otherwise the language model itself is refused
-        fields["text_config"] = field_of_text
-    for part, field in fields.items():
-        activation = getattr(getattr(config, part), field)
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"{part}.{field} in {path} must be one of {', '.join(sorted(ACTIVATIONS))}, got "
-                f"{activation!r}; models with another activation are not supported"
-            )
+    for name in activations:
+        rule, advice = f"one of {', '.join(sorted(ACTIVATIONS))}", "models with another are not supported"
+        require(attrgetter(name)(config) in ACTIVATIONS, name, rule, advice)

@@ -45,8 +45,6 @@ class MergedTensor:
     """float32[R, columns]; the columns are all its other axes."""
     scaling: float
 
-    dtype = torch.float32
-
     @property
     def shape(self) -> tuple[int, ...]:
         return self.stored.shape

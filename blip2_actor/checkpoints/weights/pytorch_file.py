@@ -25,10 +25,6 @@ class MappedTensor:
     tensor: Tensor
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 

@@ -1,4 +1,4 @@
-"""What every source of a tensor has: a dtype, a shape, and its elements in pieces."""
+"""What every source of a tensor has: a shape, and its elements in pieces."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ PIECE_BYTES = 4 << 20
 
 class StoredTensor(Protocol):
     """A tensor in a file, not read yet."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
