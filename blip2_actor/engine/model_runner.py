@@ -21,7 +21,6 @@ from blip2_actor.generation.step import LateTokens
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
 from blip2_actor.models.recorder import NO_RECORDER, Recorder
-from blip2_actor.models.scoring import text_logprobs
 from blip2_actor.transfer import ids_to_device, to_device
 
 ON_DEVICE = -1
@@ -195,7 +194,8 @@ class ModelRunner:
         def score(batch: list[TextToScore]) -> list[list[float]]:
             images, prompt_ids, text_ids = zip(*batch, strict=True)
             prefixes = [image.prefix for image in images]
-            return [x.tolist() for x in text_logprobs(self.model, prefixes, prompt_ids, text_ids, recorder)]
+            logprobs = self.model.text_logprobs(prefixes, prompt_ids, text_ids, recorder)
+            return [of_text.tolist() for of_text in logprobs]
 
         return self._text_batches.run(score, texts)
 

@@ -15,14 +15,19 @@ occupies one slot of a `KVCache` (`kv_cache.py`); `language_model.py` is the int
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Blip2Config
 
 from blip2_actor.models.layers import Linear
 from blip2_actor.models.opt import OptDecoder
+from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.models.t5 import T5
 from blip2_actor.models.vision_qformer import VisionQFormer
+from blip2_actor.transfer import ids_to_device
 
 LANGUAGE_MODELS: dict[str, type[OptDecoder] | type[T5]] = {"opt": OptDecoder, "t5": T5}
 """Our classes by `model_type` of the text configuration."""
@@ -49,6 +54,33 @@ class Blip2(VisionQFormer):
         is_known = image_token_id is not None and 0 <= image_token_id < vocab_size
         image_ids = [image_token_id] * self.config.num_query_tokens if is_known else []
         return self.language_model.prefix_ids(image_ids + prompt_ids)
+
+    def text_logprobs(
+        self,
+        prefixes: Sequence[Tensor],
+        prompt_ids: Sequence[Sequence[int]],
+        text_ids: Sequence[Sequence[int]],
+        recorder: Recorder = NO_RECORDER,
+    ) -> list[Tensor]:
+        """Compute the log-probability of each token of given texts, as continuations of images.
+
+        Minus the mean over a text is the reference's loss of that text.
+
+        Args:
+            prefixes: float[Q, Dw] each, from `project`; one per text. The same tensor may occur twice.
+            prompt_ids: ids between image and text, which are not scored.
+            text_ids: ids that are scored, including the end token if it should count.
+            recorder: takes the hidden states and the attentions of one text.
+
+        Returns:
+            float32[U_i] for each text of U_i tokens, on the host.
+        """
+        device, embed = prefixes[0].device, self.language_model.embed_tokens
+        prompts, texts = ids_to_device(prompt_ids, device), ids_to_device(text_ids, device)
+        inputs = [torch.cat([prefix, embed(ids)]) for prefix, ids in zip(prefixes, prompts, strict=True)]
+        logits = torch.cat(self.language_model.predict(inputs, texts, recorder))
+        losses = F.cross_entropy(logits.float(), torch.cat(texts), reduction="none")
+        return list((-losses).cpu().split([len(text) for text in texts]))
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor | None = None

@@ -19,7 +19,6 @@ from blip2_actor.checkpoints.weights.load_weights import load_weights
 from blip2_actor.checkpoints.weights.name_map import name_map
 from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.models.scoring import text_logprobs
 from blip2_actor.testing import IMAGE_SIZE_PX, IMAGE_TOKEN_ID, NUM_QUERIES
 
 LANGUAGES = ["opt", "t5"]
@@ -103,7 +102,7 @@ def test_scores_of_texts_equal_the_reference(
     prompts = [make_ids(n, seed=i).tolist() for i, n in enumerate(prompt_lengths)]
     texts = [make_ids(n, seed=10 + i).tolist() for i, n in enumerate(text_lengths)]
     prefix = ours.project(ours.qformer_features(ours.image_features(pixel_values)))
-    logprobs = text_logprobs(ours, [prefix[i] for i in image_of_row], prompts, texts)
+    logprobs = ours.text_logprobs([prefix[i] for i in image_of_row], prompts, texts)
     for image, prompt, text, logprob in zip(image_of_row, prompts, texts, logprobs, strict=True):
         if language == "opt":
             input_ids, labels = [*prompt, *text], [-100] * len(prompt) + text

@@ -17,7 +17,7 @@ from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.checkpoints.weights.safetensors_file import SafetensorsTensor
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
+from blip2_actor.testing import IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -151,7 +151,3 @@ def test_another_language_model_is_refused_before_loading(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         EngineConfig(model=str(tmp_path), device="cpu").info()
-
-
-def test_end_token_of_the_tests_is_that_of_the_tokenizer() -> None:
-    assert tiny_tokenizer("opt").eos_token_id == EOS_TOKEN_ID
