@@ -52,10 +52,6 @@ _VERSIONS = ("ETag", "md5Hash", "etag", "LastModified", "mtime", "created")
 """Names of a file's version in the listings of different stores, the most specific first."""
 
 
-class NotEnoughDisk(OSError):
-    """A checkpoint is larger than the free space of the disk that it must be stored on."""
-
-
 def cache_folder() -> Path:
     """Return the folder for what can be fetched or computed again; it need not exist yet.
 
@@ -155,8 +151,6 @@ def fetch_from_hub(model: str, revision: str | None, with_weights: bool) -> tupl
             "connect this machine to the hub, set HF_ENDPOINT to a mirror, or name a folder, an s3:// or "
             'gs:// folder, or "demo"'
         ) from error
-    except NotEnoughDisk:
-        raise
     except OSError as error:
         raise OSError(
             f"{model!r} cannot be stored on this machine ({error}); free disk space, or set HF_HOME to a "
@@ -175,8 +169,7 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
     """Bring files of a hub repository into the hub's cache, with patience; say so first if they are large.
 
     Raises:
-        NotEnoughDisk: they do not fit there.
-        OSError: as from the hub's own function.
+        OSError: they do not fit there, or as from the hub's own function.
     """
     chosen, missing_bytes = list(patterns), 0
     if not constants.HF_HUB_OFFLINE and not set(patterns) <= set(DESCRIPTION):
@@ -204,9 +197,8 @@ def _announce(model: str, missing_bytes: int) -> None:
     disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free_bytes = shutil.disk_usage(disk).free
     if missing_bytes > free_bytes:
-        raise NotEnoughDisk(
-            f"{model!r} needs {missing_bytes / 1e9:.1f} GB in {cache}, where {free_bytes / 1e9:.1f} GB are "
-            "free; free disk space, or set HF_HOME to a larger disk"
+        raise OSError(
+            f"it needs {missing_bytes / 1e9:.1f} GB in {cache}, where {free_bytes / 1e9:.1f} GB are free"
         )
     sizes = (missing_bytes / 1e9, cache, free_bytes / 1e9)
     logger.warning("fetching %s: %.1f GB to %s (%.0f GB free)", model, *sizes)
