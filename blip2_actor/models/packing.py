@@ -113,7 +113,7 @@ class Packing:
             query: float[T_total, D].
             kv: float[T_total of `over`, 2 D], keys and values.
             num_heads: H.
-            over: a packing with the same keys; None is this one.
+            over: a packing with the same keys, whose sequences are read whole; None is this one.
             is_causal: each position attends to itself and to those before it.
             bias: float[H, T, T] for the longest T, added to the scores.
             scale: factor of the scores; None is E ** -0.5.

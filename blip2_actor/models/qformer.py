@@ -69,16 +69,13 @@ class QFormerLayer(nn.Module):
         Args:
             hidden: float[B, Q + T, Dq].
             num_queries: Q; 0 for text alone.
-            image_kv: keys and values of this layer's cross-attention, each float[B, H, P, E].
+            image_kv: keys and values of this layer's cross-attention, each float[B, H, P, E], if it has one.
             mask: bool[B, 1, 1, Q + T], True for positions that may be attended to.
             recorder: takes both attentions.
             name: of this layer for the recorder.
 
         Returns:
             The new hidden states, float[B, Q + T, Dq].
-
-        Raises:
-            ValueError: there are queries, but no `image_kv`.
         """
         query, key, value = split_heads(self.qkv(hidden), 3 * self.num_heads).chunk(3, dim=1)
         recorder.attention(f"{name}.self_attention", query, key, mask)
@@ -87,9 +84,7 @@ class QFormerLayer(nn.Module):
         if num_queries == 0:
             return self.text_mlp(hidden)
         queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
-        if self.reads_image:
-            if image_kv is None:
-                raise ValueError("image_kv must be given together with queries, got None")
+        if image_kv is not None:
             query, (key, value) = split_heads(self.cross_query(queries), self.num_heads), image_kv
             recorder.attention(f"{name}.cross_attention", query, key)
             context = attend(query, key, value)
@@ -106,7 +101,6 @@ class QFormer(nn.Module):
     def __init__(self, config: Blip2QFormerConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.vision_width = config.encoder_hidden_size
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         readers = [i % config.cross_attention_frequency == 0 for i in range(config.num_hidden_layers)]
         self.layers: Layers[QFormerLayer] = Layers([QFormerLayer(config, reads) for reads in readers])
@@ -116,14 +110,7 @@ class QFormer(nn.Module):
         """Compute the keys and values of every cross-attention, in the order of the layers that have one.
 
         float[B, P, Dv] -> pairs of float[B, H, P, E].
-
-        Raises:
-            ValueError: the last axis of `image_embeds` is not the configured vision width.
         """
-        if image_embeds.shape[-1] != self.vision_width:
-            raise ValueError(
-                f"image_embeds must have {self.vision_width} channels, got {image_embeds.shape[-1]}"
-            )
         width = self.layernorm.normalized_shape[0]
         parts = [split_heads(x, self.num_heads) for x in self.cross_kv(image_embeds).split(width, dim=-1)]
         return list(zip(parts[::2], parts[1::2], strict=True))
@@ -142,16 +129,12 @@ class QFormer(nn.Module):
             query_embeds: float[B, Q + T, Dq], queries first, already expanded over the batch.
             image_embeds: float[B, P, Dv], the vision encoder's output after its final norm; None for text
                 alone.
-            num_queries: Q; None means that there is no text.
+            num_queries: Q; None means that there is no text, and 0 that there is nothing else.
             mask: bool[B, Q + T], False for padding; None attends to all positions.
             recorder: takes the input of the first layer, and the output and the attentions of each.
 
         Returns:
             float[B, Q + T, Dq], in this module's dtype.
-
-        Raises:
-            ValueError: the last axis of `image_embeds` is not the configured vision width, or there are
-                queries, but no image.
         """
         num_queries = query_embeds.shape[1] if num_queries is None else num_queries
         dtype = self.layernorm.weight.dtype
