@@ -55,8 +55,9 @@ class VisionBlock(nn.Module):
         float[B, P, Dv] each -> float[B, P, Dv] each; `name` is that of this layer for the recorder.
         """
         hidden, qkv = multiply_norm(self.layer_norm1, self.qkv, hidden, update)
-        query, key, _ = split_heads(qkv, 3 * self.num_heads).chunk(3, dim=1)
-        recorder.attention(f"{name}.self_attention", query, key)
+        if recorder is not NO_RECORDER:
+            query, key, _ = split_heads(qkv, 3 * self.num_heads).chunk(3, dim=1)
+            recorder.attention(f"{name}.self_attention", query, key)
         context = self.projection(_attend_to_all(qkv, self.num_heads))
         hidden, inner = multiply_norm(self.layer_norm2, self.fc1, hidden, context)
         return hidden, self.fc2(inner)
