@@ -70,7 +70,7 @@ def _write(to: str, destination: Destination, found: FinishedRows, shard: Shard)
     if to in TABLES:
         with destination.file(shard.name) as file:
             return TABLES[to](file, found, shard.name), ()
-    rows = ImageRows.of(found, shard)
+    rows = ImageRows(found, shard)
     if to == "webdataset":
         with destination.file(shard.name) as file:
             return write_webdataset(file, rows), rows.lost

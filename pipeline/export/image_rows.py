@@ -6,8 +6,7 @@ image, whatever has happened to the input. A row without its image is left out a
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +15,9 @@ import pyarrow.compute as pc
 
 from blip2_actor import Status
 from pipeline.errors import InputError
-from pipeline.fetching.fetch_settings import FetchSettings
-from pipeline.fetching.images_of_rows import read_images
+from pipeline.fetching.images_of_rows import images_of_output
 from pipeline.inputs.changes import name_some
 from pipeline.inputs.image_kinds import IMAGE_EXTENSIONS
-from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.ledger import Ledger
 from pipeline.report.rows import FinishedRows, rows_in, tables_of
@@ -53,41 +50,27 @@ class ImageRows:
 
     found: FinishedRows
     shard: Shard
-    options: ReadOptions
-    fetching: FetchSettings
     lost: list[str] = field(default_factory=list)
     """For each row so far whose image is gone or another one, its key and what is wrong."""
 
-    @classmethod
-    def of(cls, found: FinishedRows, shard: Shard) -> ImageRows:
-        settings = from_dict(CaptionSettings, found.run.settings)
-        options = settings.in_version(found.run.schema_version).read_options.images_only
-        return cls(found, shard, options, settings.fetching)
-
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+    def __iter__(self) -> Iterator[tuple[Mapping[str, Any], bytes]]:
         """Yield each row with its encoded image, in order."""
-        work = ShardWork(shard=self.shard, missing=self._ok_rows())
-        with closing(read_images(work, self.options, self.fetching)) as images:
-            for row in rows_in(tables_of(self.found.folder, self.shard.name)):
-                if row["status"] != Status.OK.value:
-                    continue
-                found = next((found for found in images if found.row == row["row"]), None)
-                if found is None or found.image is None:
-                    why = "the input ends before it" if found is None else found.error
-                    self.lost.append(f"{row['key']}: the image can no longer be read: {why}")
-                elif hashlib.sha256(found.image).digest() != row["sha256"]:
-                    self.lost.append(f"{row['key']}: the image is another one than in the run")
+        run = self.found.run
+        settings = from_dict(CaptionSettings, run.settings).in_version(run.schema_version)
+        options = settings.read_options.images_only
+        numbers = (row["row"] for row in self._ok_rows(["row", "status"]))
+        images = images_of_output(self.shard, numbers, self._ok_rows(), options, settings.fetching)
+        with closing(images):
+            for row, found in images:
+                if found.image is None:
+                    self.lost.append(f"{row['key']}: {found.error}")
                 else:
                     yield row, found.image
 
-    def _ok_rows(self) -> tuple[tuple[int, int], ...]:
-        """Return the ranges of the ok rows: an image that failed might take long to fail again."""
-        ranges: list[tuple[int, int]] = []
-        for table in tables_of(self.found.folder, self.shard.name, ["row", "status"]):
-            for row in table.filter(pc.equal(table["status"], Status.OK.value))["row"].to_pylist():
-                first = ranges.pop()[0] if ranges and ranges[-1][1] == row else row
-                ranges.append((first, row + 1))
-        return tuple(ranges)
+    def _ok_rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the rows that are ok: an image that failed might take long to fail again."""
+        for table in tables_of(self.found.folder, self.shard.name, columns):
+            yield from rows_in([table.filter(pc.equal(table["status"], Status.OK.value))])
 
 
 def extension_of(name: str, image: bytes) -> str:

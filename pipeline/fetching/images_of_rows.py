@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import hashlib
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.image_loader import ImageLoader
 from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ADDRESS, PROMPT, ReadOptions, ShardWork
+from pipeline.inputs.shards import Shard
+from pipeline.rowset import ranges_of
 
 READ = ("row", "image", "error", PROMPT)
 
@@ -51,3 +54,38 @@ def read_images(
                 if address is not None:
                     image, _, error = next(loaded)
                 yield RowImage(row["row"], image, error, row.get(PROMPT))
+
+
+def images_of_output(
+    shard: Shard,
+    numbers: Iterable[int],
+    rows: Iterable[Mapping[str, Any]],
+    options: ReadOptions,
+    settings: FetchSettings,
+) -> Generator[tuple[Mapping[str, Any], RowImage], None, None]:
+    """Yield rows of an output, each with its image, which is read again from the input.
+
+    The input may have changed since the run: an image without the SHA-256 digest that its row stores is left
+    out, and the error says so.
+
+    Args:
+        shard: the shard of the rows.
+        numbers: the numbers of the rows, in order.
+        rows: the rows, in order.
+        options: which column or member is the image.
+        settings: how images are fetched that the shard names by their address.
+
+    Raises:
+        InputError, OSError, pa.ArrowException: the input cannot be read.
+    """
+    work = ShardWork(shard=shard, missing=tuple(ranges_of(numbers)))
+    with closing(read_images(work, options, settings)) as images:
+        for row in rows:
+            number = row["row"]
+            ended = RowImage(number, None, "the input ends before it", None)
+            found = next((image for image in images if image.row == number), ended)
+            if found.image is None:
+                found = found._replace(error=f"the image can no longer be read: {found.error}")
+            elif hashlib.sha256(found.image).digest() != row["sha256"]:
+                found = found._replace(image=None, error="the image is another one than in the run")
+            yield row, found

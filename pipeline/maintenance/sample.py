@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ import pyarrow.compute as pc
 from blip2_actor import Status
 from pipeline.caption_counts import REGENERATED
 from pipeline.errors import InputError
-from pipeline.fetching.fetch_settings import FetchSettings
-from pipeline.fetching.images_of_rows import RowImage, read_images
+from pipeline.fetching.images_of_rows import images_of_output
 from pipeline.inputs.evenly_spaced import evenly_spaced
-from pipeline.inputs.reader import ReadOptions, ShardWork
+from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary
 from pipeline.ledger.run_record import Run
@@ -35,7 +33,7 @@ class SampledRow:
     """One row with what it was made from."""
 
     name: str
-    """For people: shard, number and key."""
+    """For people: shard, number and key; the shard alone if none of its rows can be read any more."""
     columns: Mapping[str, Any]
     image: bytes | None = None
     """The encoded image; None if it is no longer there."""
@@ -85,32 +83,12 @@ def _ok_rows(folder: Folder, shard: Shard, positions: list[int]) -> Iterator[dic
 def _with_images(
     shard: Shard, rows: list[dict[str, Any]], options: ReadOptions, settings: CaptionSettings
 ) -> Iterator[SampledRow]:
-    images, reason = _read_images(shard, [row["row"] for row in rows], options, settings.fetching)
-    for row in rows:
-        name = f"{shard.name} row {row['row']} ({row['key']})"
-        found = images.get(row["row"])
-        if found is None or found.image is None:
-            problem = (found and found.error) or reason
-            yield SampledRow(name, row, problem=f"its image cannot be read: {problem}")
-        elif hashlib.sha256(found.image).digest() != row["sha256"]:
-            yield SampledRow(name, row, problem="its image is no longer the one that was captioned")
-        else:
-            prompt = settings.prompt if options.prompt_column is None else found.prompt
-            yield SampledRow(name, row, found.image, prompt)
-
-
-def _read_images(
-    shard: Shard, numbers: list[int], options: ReadOptions, fetching: FetchSettings
-) -> tuple[Mapping[int, RowImage], str]:
-    """Return the images that can be read, by the number of the row, and why the others are missing."""
-    found: dict[int, RowImage] = {}
-    work = ShardWork(shard=shard, missing=tuple((number, number + 1) for number in numbers))
+    images = images_of_output(shard, [row["row"] for row in rows], rows, options, settings.fetching)
     try:
-        with closing(read_images(work, options, fetching)) as images:
-            for image in images:
-                found[image.row] = image
-                if len(found) == len(numbers):
-                    break
+        with closing(images):
+            for row, found in images:
+                prompt = settings.prompt if options.prompt_column is None else found.prompt
+                name = f"{shard.name} row {row['row']} ({row['key']})"
+                yield SampledRow(name, row, found.image, prompt, found.error)
     except (InputError, OSError, pa.ArrowException) as error:
-        return found, str(error)
-    return found, "the row is no longer there"
+        yield SampledRow(shard.name, {}, problem=f"its images cannot be read: {error}")

@@ -6,11 +6,10 @@ its bytes still have the SHA-256 digest that the row stores.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +18,7 @@ from PIL import Image
 
 from blip2_actor import DecodePool
 from pipeline.errors import InputError
-from pipeline.fetching.fetch_settings import FetchSettings
-from pipeline.fetching.images_of_rows import read_images
-from pipeline.inputs.reader import ReadOptions, ShardWork
-from pipeline.inputs.shards import Shard
+from pipeline.fetching.images_of_rows import images_of_output
 from pipeline.ledger.run_record import Run
 from pipeline.page.render import MAX_IMAGE_BYTES
 from pipeline.settings.from_dict import from_dict
@@ -60,38 +56,26 @@ def _thumbnails(
     run: Run, rows: Iterable[Mapping[str, Any]]
 ) -> Generator[tuple[RowAddress, bytes], None, None]:
     """Yield a JPEG file for each row whose image is still the one that the run has read."""
-    settings = from_dict(CaptionSettings, run.settings)
-    options = replace(settings.in_version(run.schema_version).read_options.images_only, table_rows=1)
+    settings = from_dict(CaptionSettings, run.settings).in_version(run.schema_version)
+    options = replace(settings.read_options.images_only, table_rows=1)
     shards = {shard.name: shard for shard in run.shards}
     wanted: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
         if row["shard"] in shards:
             wanted[row["shard"]][row["row"]] = row
     with DecodePool(SIZE_PX, settings.limits) as pool:
-        for shard, rows_by_number in wanted.items():
-            images = _images_of(shards[shard], sorted(rows_by_number), options, settings.fetching)
-            for number, image in images:
-                row = rows_by_number[number]
-                if image is None or hashlib.sha256(image).digest() != row["sha256"]:
-                    continue
-                (decoded,) = pool.decode([image])
-                if decoded.pixels is not None:
-                    yield (shard, number), _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
-
-
-def _images_of(
-    shard: Shard, rows: list[int], options: ReadOptions, fetching: FetchSettings
-) -> Iterator[tuple[int, bytes | None]]:
-    """Yield number and encoded image of some rows, given in order; stop where the input cannot be read."""
-    work = ShardWork(shard=shard, missing=tuple((row, row + 1) for row in rows))
-    with closing(read_images(work, options, fetching)) as images:
-        try:
-            for found in images:
-                yield found.row, found.image
-                if found.row == rows[-1]:
-                    return
-        except (InputError, OSError, pa.ArrowException):
-            return
+        for shard, by_number in wanted.items():
+            numbers = sorted(by_number)
+            in_order = [by_number[number] for number in numbers]
+            images = images_of_output(shards[shard], numbers, in_order, options, settings.fetching)
+            with closing(images), suppress(InputError, OSError, pa.ArrowException):
+                for row, found in images:
+                    if found.image is None:
+                        continue
+                    (decoded,) = pool.decode([found.image])
+                    if decoded.pixels is not None:
+                        jpeg = _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
+                        yield (shard, row["row"]), jpeg
 
 
 def _jpeg(pixels: Any, width: int, height: int) -> bytes:

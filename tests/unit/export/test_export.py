@@ -21,10 +21,10 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from pipeline.cli.main import main
-from pipeline.export import image_rows
 from pipeline.export.destination import Destination
 from pipeline.export.imagefolder import PART, write_imagefolder
 from pipeline.export.webdataset import sample_key
+from pipeline.fetching import images_of_rows
 from pipeline.fetching.images_of_rows import read_images
 from pipeline.inputs.reader import ShardReport, ShardWork
 from pipeline.ledger.commit import commit_shard
@@ -246,7 +246,7 @@ def test_images_of_folders_and_tables(tmp_path, monkeypatch, kind):
         asked.append(work)
         return read_images(work, *others)
 
-    monkeypatch.setattr(image_rows, "read_images", note)
+    monkeypatch.setattr(images_of_rows, "read_images", note)
     into = exported(tmp_path / "out", "webdataset", tmp_path / "made")
     # The images of failed rows were fetched again, for a minute each if their server was down.
     assert [work.missing for work in asked] == [((0, 1), (2, 3))]
