@@ -20,7 +20,6 @@ from blip2_actor import Status
 
 COUNTED_COLUMNS = (
     "key",
-    "shard",
     "caption",
     "logprob",
     "num_tokens",
@@ -60,11 +59,13 @@ class FrequentTexts:
         self.is_exact = True
         """False once rare texts have been forgotten: the counts are then lower bounds."""
 
-    def add(self, text: str, count: int) -> None:
-        self._counts[text] += count
-        if len(self._counts) > 2 * self._max_texts:
-            self._counts = Counter(dict(self._counts.most_common(self._max_texts)))
-            self.is_exact = False
+    def add(self, counts: Iterable[tuple[str, int]]) -> None:
+        """Add texts and how often each occurs."""
+        for text, count in counts:
+            self._counts[text] += count
+            if len(self._counts) > 2 * self._max_texts:
+                self._counts = Counter(dict(self._counts.most_common(self._max_texts)))
+                self.is_exact = False
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -124,21 +125,17 @@ class Statistics:
         if "caption" in rows.column_names:
             self.num_tokens.update(dict(_counts(rows["num_tokens"])))
             self.logprobs.update(_rounded(rows["logprob"], LOGPROB_DIGITS))
-            for text, count in _counts(rows["caption"]):
-                self.captions.add(text, count)
+            self.captions.add(_counts(rows["caption"]))
             openings = pc.extract_regex(rows["caption"], OPENING)
-            for text, count in _counts(pc.struct_field(openings, "opening")):
-                self.openings.add(text, count)
+            self.openings.add(_counts(pc.struct_field(openings, "opening")))
         for name, texts in self.answers.items():
             if name in rows.column_names:
-                for text, count in _counts(rows[name]):
-                    texts.add(text, count)
+                texts.add(_counts(rows[name]))
         for name, counts in self.scores.items():
             if name in rows.column_names:
                 counts.update(_rounded(rows[name], SCORE_DIGITS))
         sides = pc.max_element_wise(rows["width"], rows["height"]).drop_null().to_numpy()
-        sizes, numbers = np.unique(size_class(sides), return_counts=True)
-        self.long_side_px.update(dict(zip(sizes.tolist(), numbers.tolist(), strict=True)))
+        self.long_side_px.update(size_class(sides).tolist())
 
     def most_frequent_reasons(self) -> list[tuple[tuple[str, str], CountWithExamples]]:
         """Return `reasons` as a list, the one with the most rows first."""
@@ -146,21 +143,19 @@ class Statistics:
 
     def _add_failures(self, rows: pa.Table) -> None:
         failed = rows.filter(pc.not_equal(rows["status"], Status.OK.value))
-        if not len(failed):
-            return
-        texts = pc.binary_join_element_wise(failed["status"], failed["error"].fill_null(""), "\0")
-        for text, count, first in _counts_with_positions(texts):
-            status, _, error = text.partition("\0")
-            reason = status, _NUMBER.sub("N", error)[:MAX_REASON_CHARS]
+        # The groups are in the order of their first rows.
+        groups = failed.group_by(["status", "error"], use_threads=False)
+        for group in groups.aggregate([("key", "first"), ("key", "count")]).to_pylist():
+            reason = group["status"], _NUMBER.sub("N", group["error"] or "")[:MAX_REASON_CHARS]
             if reason not in self.reasons and len(self.reasons) >= MAX_REASONS:
-                reason = status, OTHER_REASONS
-            self.reasons.setdefault(reason, CountWithExamples()).add(count, failed["key"][first].as_py())
+                reason = group["status"], OTHER_REASONS
+            self.reasons.setdefault(reason, CountWithExamples()).add(group["key_count"], group["key_first"])
 
     def _add_flags(self, rows: pa.Table) -> None:
         flagged = rows.filter(pc.greater(pc.list_value_length(rows["flags"]), 0))
-        for position, flags in enumerate(flagged["flags"]):
-            for flag in flags.as_py():
-                self.flags.setdefault(flag, CountWithExamples()).add(1, flagged["key"][position].as_py())
+        for row in flagged.select(["key", "flags"]).to_pylist():
+            for flag in row["flags"]:
+                self.flags.setdefault(flag, CountWithExamples()).add(1, row["key"])
 
 
 def size_class(side_px: np.ndarray) -> np.ndarray:
@@ -173,22 +168,13 @@ def binned(numbers: np.ndarray, digits: int) -> np.ndarray:
     return np.round(np.clip(numbers, -MAX_SCORE, MAX_SCORE), digits) + 0.0
 
 
-def _rounded(column: pa.ChunkedArray, digits: int) -> dict[float, int]:
-    """Count the finite numbers of a column, rounded."""
+def _rounded(column: pa.ChunkedArray, digits: int) -> list[float]:
+    """Return the finite numbers of a column, rounded."""
     numbers = pc.cast(column.drop_null(), pa.float64()).to_numpy()
-    values, counts = np.unique(binned(numbers[np.isfinite(numbers)], digits), return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return binned(numbers[np.isfinite(numbers)], digits).tolist()
 
 
 def _counts(column: pa.ChunkedArray) -> Iterator[tuple[Any, int]]:
     """Yield each value of a column that is not null, and how often it occurs."""
     for entry in pc.value_counts(column.drop_null()).to_pylist():
         yield entry["values"], entry["counts"]
-
-
-def _counts_with_positions(column: pa.ChunkedArray) -> Iterator[tuple[str, int, int]]:
-    """Yield each text, how often it occurs, and the position where it occurs first."""
-    encoded = column.combine_chunks().dictionary_encode()
-    codes, firsts, counts = np.unique(encoded.indices.to_numpy(), return_index=True, return_counts=True)
-    for code, first, count in zip(codes, firsts, counts, strict=True):
-        yield encoded.dictionary[int(code)].as_py(), int(count), int(first)

@@ -227,8 +227,7 @@ def test_a_home_folder_of_nobody_is_a_folder_that_is_missing(folder, capsys):
 def test_memory_does_not_grow_with_the_number_of_texts():
     frequent = FrequentTexts(max_texts=100)
     for at in range(5_000):
-        frequent.add(f"rare {at}", 1)
-        frequent.add("common", 1)
+        frequent.add([(f"rare {at}", 1), ("common", 1)])
     assert len(frequent) <= 201 and not frequent.is_exact
     assert frequent.top(5) == [("common", 5_000)]
 
