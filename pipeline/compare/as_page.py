@@ -74,11 +74,11 @@ def _facts(comparison: Comparison) -> list[tuple[str, str, bool]]:
 
 
 def _card(change: Change, pictures: dict[RowAddress, bytes]) -> Card:
-    before = change.pair.before
+    before, gain = change.pair.before, change.pair.logprob_change
     jpeg = pictures.get((before["shard"], before["row"]))
     values: dict[str, float] = {"distance": change.distance}
-    if change.logprob_change is not None:
-        values |= {"change": change.logprob_change, "changebin": round(change.logprob_change, LOGPROB_DIGITS)}
+    if gain is not None:
+        values |= {"change": gain, "changebin": round(gain, LOGPROB_DIGITS)}
     is_status = before["status"] != change.pair.after["status"]
     return Card(
         key=before["key"],
@@ -96,7 +96,7 @@ def _texts(change: Change) -> Iterator[Text]:
         captions = (cut(row["caption"] or "", MAX_TEXT_CHARS).split() for row in (before, after))
         for name, pieces in zip("AB", diff(*captions), strict=True):
             yield Text(name, [Piece(f"{words} ", is_marked) for words, is_marked in pieces])
-        if change.logprob_change is not None:
+        if change.pair.logprob_change is not None:
             yield Text.plain("log-probability", f"{before['logprob']:.3f} → {after['logprob']:.3f}")
         return
     for name, row in (("A", before), ("B", after)):

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -29,22 +29,10 @@ COLUMNS = ["key", "caption", "logprob", "num_tokens", "flags", "status"]
 LIMITS = (0.5, 0.7, 0.8, 0.9, 0.95)
 """Values of --min-confidence of which the command says what they do."""
 
+Example = tuple[float, int]
+"""Log-probability and number of tokens of a caption."""
 Judge = Callable[[Mapping[str, Any]], bool | None]
 """Says whether the caption of a row is right; None if nobody knows."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Captions whose truth is known."""
-
-    texts: list[tuple[float, int]] = dataclasses.field(default_factory=list)
-    """Log-probability and number of tokens of each."""
-    is_right: list[bool] = dataclasses.field(default_factory=list)
-
-    def kept_at(self, calibration: Calibration, limit: float) -> list[bool]:
-        """Return whether each caption is right, of those whose confidence is at least a limit."""
-        known = zip(self.texts, self.is_right, strict=True)
-        return [right for text, right in known if calibration.probability(*text) >= limit]
 
 
 @errors_to_exit_status
@@ -53,8 +41,8 @@ def command(settings: CalibrateSettings) -> int:
     with before_work(type(settings)):
         into = result_file("into", settings.into)
         rows = FinishedRows.find(settings.output)
-        examples = read_examples(rows, settings)
-        calibration = fit_calibration(examples.texts, examples.is_right, made_by(rows))
+        examples, is_right = read_examples(rows, settings)
+        calibration = fit_calibration(examples, is_right, made_by(rows))
     calibration.save(into)
     console = Console(sys.stderr if settings.json else sys.stdout)
     if rows.unfinished:
@@ -62,14 +50,14 @@ def command(settings: CalibrateSettings) -> int:
     if settings.json:
         write_json(json.dumps(dataclasses.asdict(calibration), indent=1))
     else:
-        for line in lines_of(calibration, examples):
+        for line in lines_of(calibration, examples, is_right):
             console.result(line)
     console.say(f"{settings.into}: blip2 caption --calibration {settings.into} adds the column confidence")
     return ExitStatus.DONE
 
 
-def read_examples(rows: FinishedRows, settings: CalibrateSettings) -> Examples:
-    """Return the captions of a run whose truth is known.
+def read_examples(rows: FinishedRows, settings: CalibrateSettings) -> tuple[list[Example], list[bool]]:
+    """Return the captions of a run whose truth is known, and whether each is right.
 
     Raises:
         ValueError: the run has no captions, or there is no such column or file.
@@ -84,16 +72,16 @@ def read_examples(rows: FinishedRows, settings: CalibrateSettings) -> Examples:
         )
     column = settings.reference
     judge = _by_file(settings.judged) if settings.judged is not None else _by_column(str(column))
-    found = Examples()
+    examples, is_right = list[Example](), list[bool]()
     for table in rows.tables(COLUMNS if column is None else [*COLUMNS, column]):
         for row in table.to_pylist():
             if row["status"] != "ok" or REGENERATED in row["flags"] or not math.isfinite(row["logprob"]):
                 continue
             right = judge(row)
             if right is not None:
-                found.texts.append((row["logprob"], row["num_tokens"]))
-                found.is_right.append(right)
-    return found
+                examples.append((row["logprob"], row["num_tokens"]))
+                is_right.append(right)
+    return examples, is_right
 
 
 def made_by(rows: FinishedRows) -> dict[str, Any]:
@@ -107,15 +95,18 @@ def made_by(rows: FinishedRows) -> dict[str, Any]:
     }
 
 
-def lines_of(calibration: Calibration, examples: Examples) -> Iterator[str]:
+def lines_of(
+    calibration: Calibration, examples: Sequence[Example], is_right: Sequence[bool]
+) -> Iterator[str]:
     """Yield the lines for the terminal."""
     yield f"{count(calibration.num_examples, 'caption')} with a known truth, {calibration.accuracy:.1%} right"
     yield (
         f"on captions held out: calibration error {calibration.calibration_error:.3f}, "
         f"AUROC {calibration.auroc:.3f}"
     )
+    confidences = [calibration.probability(*example) for example in examples]
     for limit in LIMITS:
-        kept = examples.kept_at(calibration, limit)
+        kept = [right for confidence, right in zip(confidences, is_right, strict=True) if confidence >= limit]
         if kept:
             yield (
                 f"--min-confidence {limit:g} keeps {len(kept) / calibration.num_examples:.1%} of them, "

@@ -31,10 +31,6 @@ class Change:
     distance: int
     """Edit distance of the captions in words; 0 if one of the rows has failed."""
 
-    @property
-    def logprob_change(self) -> float | None:
-        return logprob_change(self.pair)
-
 
 @dataclass
 class Comparison:
@@ -76,7 +72,7 @@ class Comparison:
         distance = edit_distance(a.split(), b.split()) if a != b else 0
         self.num_changed += a != b
         self.distances[distance] += 1
-        change = logprob_change(pair)
+        change = pair.logprob_change
         if change is not None:
             self.logprobs[round(change, LOGPROB_DIGITS) + 0.0] += 1
             self.logprob_sum += change
@@ -123,7 +119,7 @@ class Comparison:
 
     def _add_largest(self, change: Change) -> None:
         # The number makes every entry comparable, and the first of equal changes stays.
-        entry = (change.distance, abs(change.logprob_change or 0.0), -self.num_pairs, change)
+        entry = (change.distance, abs(change.pair.logprob_change or 0.0), -self.num_pairs, change)
         if len(self._largest) < NUM_LARGEST:
             heapq.heappush(self._largest, entry)
         else:
@@ -146,14 +142,6 @@ def compare(pairs: Iterable[Pair], reference: str | None = None) -> Comparison:
     for pair in pairs:
         comparison.add(pair)
     return comparison
-
-
-def logprob_change(pair: Pair) -> float | None:
-    """Return how much higher the log-probability of B's caption is, by B's model, than that of A's by A's."""
-    before, after = pair.before.get("logprob"), pair.after.get("logprob")
-    if before is None or after is None or not np.isfinite(after - before):
-        return None
-    return after - before
 
 
 def references(pair: Pair, column: str) -> list[str]:

@@ -6,6 +6,7 @@ are in files of the same number. Then one pair of files after the other is joine
 
 from __future__ import annotations
 
+import math
 import tempfile
 import zlib
 from collections import Counter, defaultdict, deque
@@ -35,6 +36,14 @@ class Pair:
 
     before: Row
     after: Row
+
+    @property
+    def logprob_change(self) -> float | None:
+        """How much higher the log-probability of B's caption is, by B's model, than that of A's by A's."""
+        before, after = self.before.get("logprob"), self.after.get("logprob")
+        if before is None or after is None or not math.isfinite(after - before):
+            return None
+        return after - before
 
 
 class Join:

@@ -58,7 +58,7 @@ def compare_scores(
     Args:
         before: captions of the first run.
         after: captions of the second run, of the same images.
-        references: the right captions of each image, at least one.
+        references: the right captions of each image, at least one; there is at least one image.
     """
     targets = [[words_of(text) for text in texts] for texts in references]
     found = [[words_of(text) for text in texts] for texts in (before, after)]
@@ -73,14 +73,15 @@ def compare_scores(
         )
         for side in found
     ]
-    weights = _weights(len(targets))
+    random = np.random.default_rng(0)
+    number = len(targets)
+    drawn = (np.bincount(random.integers(0, number, number), minlength=number) for _ in range(NUM_RESAMPLES))
+    resampled = [[weights @ side / number for side in columns] for weights in drawn]
+    edge = (1 - CONFIDENCE) / 2
     scores = {}
     for name, metric in METRICS.items():
-        a, b = (metric(side.sum(axis=0), len(targets)) for side in columns)
-        changes = [
-            metric(w @ columns[1], len(targets)) - metric(w @ columns[0], len(targets)) for w in weights
-        ]
-        edge = (1 - CONFIDENCE) / 2
+        a, b = (metric(side.mean(axis=0)) for side in columns)
+        changes = [metric(after) - metric(before) for before, after in resampled]
         low, high = np.quantile(changes, [edge, 1 - edge]).tolist()
         scores[name] = Score(a, b, low, high)
     return scores
@@ -148,19 +149,19 @@ def bleu_statistics(captions: Sequence[Words], references: Sequence[Sequence[Wor
         nearest = min((len(text) for text in texts), key=lambda length: (abs(length - len(words)), length))
         by_order = [sum(c for gram, c in matches.items() if len(gram) == n) for n in ORDERS]
         rows.append([*by_order, *(max(0, len(words) - n + 1) for n in ORDERS), len(words), nearest])
-    return np.array(rows, float).reshape(-1, 10)
+    return np.array(rows, float)
 
 
-def _exact(sums: np.ndarray, number: int) -> float:
-    return float(sums[0]) / number
+def _exact(means: np.ndarray) -> float:
+    return float(means[0])
 
 
-def _cider(sums: np.ndarray, number: int) -> float:
-    return float(sums[1]) / number
+def _cider(means: np.ndarray) -> float:
+    return float(means[1])
 
 
-def _bleu(sums: np.ndarray, number: int) -> float:
-    matches, grams, (length, reference) = sums[2:6], sums[6:10], sums[10:12]
+def _bleu(means: np.ndarray) -> float:
+    matches, grams, (length, reference) = means[2:6], means[6:10], means[10:12]
     if not matches.all() or not grams.all():
         return 0.0
     brevity = min(0.0, 1 - reference / length)
@@ -168,11 +169,4 @@ def _bleu(sums: np.ndarray, number: int) -> float:
 
 
 METRICS = {"exact match": _exact, "BLEU-4": _bleu, "CIDEr": _cider}
-
-
-def _weights(number: int) -> np.ndarray:
-    """Return float64[resamples, n]: how often each image is in each resample; always the same."""
-    random = np.random.default_rng(0)
-    resamples = max(100, min(NUM_RESAMPLES, 20_000_000 // max(1, number)))
-    drawn = (np.bincount(random.integers(0, number, number), minlength=number) for _ in range(resamples))
-    return np.array(list(drawn), np.uint8 if number else float)
+"""Each is made of the mean of what `compare_scores` finds for one image."""
