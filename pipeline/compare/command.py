@@ -90,7 +90,7 @@ def _check(before: Rows, after: Rows, reference: str | None) -> None:
         )
 
 
-def _num_rows(rows: FinishedRows | PlainRows) -> int:
+def _num_rows(rows: Rows) -> int:
     if isinstance(rows, PlainRows):
         return rows.num_rows
     ledger = Ledger(rows.folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,21 +15,6 @@ from pipeline.schema import ROW_CONTRACT, plain_type, to_plain
 from pipeline.storage.folder import Folder
 
 NEEDED = ("key", "shard", "row", "sha256", "caption", "status", "error", "width", "height")
-
-
-class Rows(Protocol):
-    """What is compared: the rows of a run, or of plain files."""
-
-    @property
-    def folder(self) -> Folder: ...
-
-    def schema(self) -> pa.Schema:
-        """Return the columns."""
-        ...
-
-    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield all rows; a column that a file lacks is left out, or null."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -51,10 +35,8 @@ class PlainRows:
         Raises:
             ValueError: a file lacks a column of a run.
         """
-        fields: dict[str, pa.Field] = {}
-        for schema in self._schemas:
-            fields = {field.name: field for field in schema} | fields
-        return pa.schema(list(fields.values()))
+        fields = {field.name: field for schema in reversed(self._schemas) for field in schema}
+        return pa.schema(fields.values())
 
     @cached_property
     def _schemas(self) -> list[pa.Schema]:
@@ -118,7 +100,10 @@ def _column(rows: pa.Table, field: pa.Field) -> pa.Array | pa.ChunkedArray:
     return to_plain(rows[field.name]).cast(field.type)
 
 
-def find_rows(uri: str) -> FinishedRows | PlainRows:
+Rows = FinishedRows | PlainRows
+
+
+def find_rows(uri: str) -> Rows:
     """Find the rows in a folder.
 
     Raises:

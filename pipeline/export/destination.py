@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -125,13 +125,9 @@ class Destination:
             (self.root / name).unlink(missing_ok=True)
             path.unlink()
 
-    def file(self, shard: str) -> AbstractContextManager[IO[bytes]]:
-        """Yield a file to write; it gets its name when the block ends without an error."""
-        return self.named_file(self.name_of(shard))
-
     @contextmanager
-    def named_file(self, name: str) -> Iterator[IO[bytes]]:
-        """Yield a file to write, as `file` does, with a name of its own."""
+    def file(self, name: str) -> Iterator[IO[bytes]]:
+        """Yield a file to write; it gets its name when the block ends without an error."""
         aside = self._tmp / uuid.uuid4().hex
         with aside.open("wb") as file:
             yield file

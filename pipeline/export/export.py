@@ -67,15 +67,17 @@ def export(settings: ExportSettings) -> int:
 
 def _write(to: str, destination: Destination, found: FinishedRows, shard: Shard) -> tuple[int, Sequence[str]]:
     """Write one shard; return the number of its rows, and those that have lost their images."""
+    name = destination.name_of(shard.name)
     if to in TABLES:
-        with destination.file(shard.name) as file:
-            return TABLES[to](file, found, shard.name), ()
+        with destination.file(name) as file:
+            TABLES[to](file, found.folder, shard.name)
+        return found.num_rows(shard.name), ()
     rows = ImageRows(found, shard)
     if to == "webdataset":
-        with destination.file(shard.name) as file:
+        with destination.file(name) as file:
             return write_webdataset(file, rows), rows.lost
     with destination.folder(shard.name) as folder:
-        return write_imagefolder(folder, destination.name_of(shard.name), rows), rows.lost
+        return write_imagefolder(folder, name, rows), rows.lost
 
 
 def _tell(console: Console, name: str, num_rows: int, num_left_out: int, lost: Sequence[str]) -> None:

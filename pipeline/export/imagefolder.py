@@ -56,7 +56,7 @@ def _renamed(value: Any) -> Any:
 
 def finish_imagefolder(destination: Destination, shards: Iterable[str]) -> None:
     """Write the metadata of all shards."""
-    with destination.named_file(METADATA) as file:
+    with destination.file(METADATA) as file:
         for shard in shards:
             with (destination.root / destination.name_of(shard) / PART).open("rb") as part:
                 shutil.copyfileobj(part, file)

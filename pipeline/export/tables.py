@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import IO
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from pipeline.report.rows import FinishedRows, json_line, plain_value, rows_in, tables_of
+from pipeline.report.rows import json_line, plain_value, rows_in, schema_of, tables_of
+from pipeline.storage.folder import Folder
 
 
-def write_csv(file: IO[bytes], found: FinishedRows, shard: str) -> int:
+def write_csv(file: IO[bytes], folder: Folder, shard: str) -> None:
     """Write a header and the rows. Lists are JSON, bytes hexadecimal; null is empty, empty text is quoted."""
-    num_rows, writer = 0, None
-    for table in _tables(found, shard):
-        flat = pa.table({name: _flat(table[name]) for name in table.schema.names})
-        if writer is None:
-            writer = pacsv.CSVWriter(file, flat.schema)
-        writer.write_table(flat)
-        num_rows += len(flat)
-    if writer is not None:
-        writer.close()
-    return num_rows
+    header = _flat(schema_of(folder, shard).empty_table())
+    with pacsv.CSVWriter(file, header.schema) as writer:
+        for table in tables_of(folder, shard):
+            writer.write_table(_flat(table))
 
 
-def write_jsonl(file: IO[bytes], found: FinishedRows, shard: str) -> int:
+def write_jsonl(file: IO[bytes], folder: Folder, shard: str) -> None:
     """Write one JSON object per row, with every column."""
-    num_rows = 0
-    for row in rows_in(tables_of(found.folder, shard)):
+    for row in rows_in(tables_of(folder, shard)):
         file.write(json_line(row).encode() + b"\n")
-        num_rows += 1
-    return num_rows
 
 
-def write_txt(file: IO[bytes], found: FinishedRows, shard: str) -> int:
+def write_txt(file: IO[bytes], folder: Folder, shard: str) -> None:
     """Write one caption per line; the line of a row without a caption is empty."""
-    num_rows = 0
-    for row in rows_in(tables_of(found.folder, shard, ["caption"])):
+    for row in rows_in(tables_of(folder, shard, ["caption"])):
         file.write(" ".join((row["caption"] or "").splitlines()).encode() + b"\n")
-        num_rows += 1
-    return num_rows
 
 
-def _tables(found: FinishedRows, shard: str) -> Iterator[pa.Table]:
-    """Yield the row groups of a shard; of a shard without rows one empty table, for the header."""
-    is_empty = True
-    for table in tables_of(found.folder, shard):
-        is_empty = False
-        yield table
-    if is_empty:
-        yield found.schema().empty_table()
+def _flat(table: pa.Table) -> pa.Table:
+    return pa.table({name: _flat_column(table[name]) for name in table.schema.names})
 
 
-def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _flat_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column as CSV can hold it."""
     types = pa.types
     is_any_bytes = types.is_binary, types.is_large_binary, types.is_fixed_size_binary

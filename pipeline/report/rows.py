@@ -66,8 +66,7 @@ class FinishedRows:
 
     def schema(self) -> pa.Schema:
         """Return the schema of the tables of the first file."""
-        with self.folder.open(output_name(self.shards[0])) as file:
-            return _without_extensions(pq.read_schema(file).empty_table()).schema
+        return schema_of(self.folder, self.shards[0])
 
     def num_rows(self, shard: str) -> int:
         """Return the number of rows of a finished shard."""
@@ -78,6 +77,12 @@ class FinishedRows:
         """Yield the rows of all finished shards; see `tables_of`."""
         for shard in self.shards:
             yield from tables_of(self.folder, shard, columns)
+
+
+def schema_of(folder: Folder, shard: str) -> pa.Schema:
+    """Return the schema of the tables of one finished shard."""
+    with folder.open(output_name(shard)) as file:
+        return _without_extensions(pq.read_schema(file).empty_table()).schema
 
 
 def tables_of(folder: Folder, shard: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
