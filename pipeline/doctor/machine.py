@@ -93,7 +93,7 @@ def check_disk(subject: str, folder: Path, enough_bytes: int, variable: str) -> 
     Args:
         variable: the environment variable that names another folder.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if _exists(path))
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         remedy = f"set {variable} to a folder that can be written, or give the missing permission"
         return Finding(subject, "fail", f"{folder} cannot be written", remedy)
@@ -102,13 +102,6 @@ def check_disk(subject: str, folder: Path, enough_bytes: int, variable: str) -> 
         remedy = f"free at least {gib(enough_bytes)} on the disk of {folder}"
         return Finding(subject, "warn", f"{gib(free)} free for {folder}", remedy)
     return Finding(subject, "ok", f"{gib(free)} free for {folder}")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # It is in a folder that may not be read.
-        return False
 
 
 def check_temporary_disk() -> Finding:

@@ -6,9 +6,9 @@ import importlib
 import io
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
+from huggingface_hub import constants
 from PIL import Image
 
 from blip2_actor import decode_image
@@ -78,14 +78,11 @@ def _decodes(name: str) -> bool:
 def check_what_is_sent() -> Finding:
     """Say which programs tell others about a run."""
     sends = []
-    if os.environ.get("RAY_USAGE_STATS_ENABLED", "0") != "0":
+    ray_sends = os.environ.get("RAY_USAGE_STATS_ENABLED", "0") != "0"
+    if ray_sends:
         sends.append("Ray sends usage statistics (RAY_USAGE_STATS_ENABLED=0 stops it)")
-    if find_spec("huggingface_hub") is not None:
-        from huggingface_hub import constants
-
-        if not (constants.HF_HUB_DISABLE_TELEMETRY or constants.HF_HUB_OFFLINE):
-            sends.append("requests to the hub name the versions of packages (HF_HUB_DISABLE_TELEMETRY=1)")
-    ray_sends = any("Ray" in entry for entry in sends)
+    if not (constants.HF_HUB_DISABLE_TELEMETRY or constants.HF_HUB_OFFLINE):
+        sends.append("requests to the hub name the versions of packages (HF_HUB_DISABLE_TELEMETRY=1)")
     found = "; ".join(sends) or "nothing"
     remedy = "unset RAY_USAGE_STATS_ENABLED: a run turns the statistics off by itself" if ray_sends else None
     return Finding("what is sent", "warn" if ray_sends else "ok", found, remedy)
