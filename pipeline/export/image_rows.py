@@ -17,15 +17,12 @@ from blip2_actor import Status
 from pipeline.errors import InputError
 from pipeline.fetching.images_of_rows import images_of_output
 from pipeline.inputs.changes import name_some
-from pipeline.inputs.image_kinds import IMAGE_EXTENSIONS
+from pipeline.inputs.image_kinds import IMAGE_EXTENSIONS, extension_by_content
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.ledger import Ledger
 from pipeline.report.rows import FinishedRows, rows_in, tables_of
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
-
-BEGINNINGS = {b"\x89PNG": "png", b"GIF8": "gif", b"II*\x00": "tiff", b"MM\x00*": "tiff", b"BM": "bmp"}
-BRANDS = {b"avif": "avif", b"avis": "avif"}
 
 
 def require_same_input(found: FinishedRows, inputs: Sequence[str]) -> None:
@@ -76,10 +73,4 @@ class ImageRows:
 def extension_of(name: str, image: bytes) -> str:
     """Return the ending for an image's file: that of its name in the input, else by its first bytes."""
     ending = name.rpartition(".")[2].lower()
-    if ending in IMAGE_EXTENSIONS:
-        return ending
-    if image[:4] == b"RIFF":
-        return "webp"
-    if image[4:8] == b"ftyp":
-        return BRANDS.get(image[8:12], "heic")
-    return next((kind for start, kind in BEGINNINGS.items() if image.startswith(start)), "jpg")
+    return ending if ending in IMAGE_EXTENSIONS else extension_by_content(image) or "jpg"

@@ -20,32 +20,40 @@ IMAGE_EXTENSIONS_V1 = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff", "tif"
 IMAGE_EXTENSIONS = (*IMAGE_EXTENSIONS_V1, "jpe", "jfif", "avif", "heic", "heif", "jp2", "jxl")
 """Extensions of image files, in upper or lower case. Those that cannot be decoded are rows that say so."""
 HEAD_BYTES = 16
-"""How much of a file `looks_like_image` needs."""
+"""How much of a file is needed to tell whether it is an image."""
 
-_BEGINNINGS = (
-    b"\xff\xd8\xff",  # JPEG
-    b"\x89PNG\r\n\x1a\n",
-    b"GIF87a",
-    b"GIF89a",
-    b"II*\x00",  # TIFF
-    b"MM\x00*",
-    b"\x00\x00\x00\x0cjP  ",  # JPEG 2000
-    b"\xff\x4f\xff\x51",
-    b"\x00\x00\x00\x0cJXL ",  # JPEG XL
-    b"\xff\x0a",
+_BEGINNINGS = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"GIF87a": "gif",
+    b"GIF89a": "gif",
+    b"II*\x00": "tiff",
+    b"MM\x00*": "tiff",
+    b"\x00\x00\x00\x0cjP  ": "jp2",
+    b"\xff\x4f\xff\x51": "jp2",
+    b"\x00\x00\x00\x0cJXL ": "jxl",
+    b"\xff\x0a": "jxl",
+}
+_BRANDS = {b"avif": "avif", b"avis": "avif"} | dict.fromkeys(
+    (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"), "heic"
 )
-_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 """Brands of ISO media files that hold images: AVIF and HEIF."""
+
+
+def extension_by_content(head: bytes) -> str | None:
+    """Return the extension for an image, by its first `HEAD_BYTES` bytes; None if it is no image."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[4:8] == b"ftyp":
+        return _BRANDS.get(head[8:12])
+    if head[:2] == b"BM" and head[6:10] == bytes(4):  # a size, then four reserved bytes
+        return "bmp"
+    return next((kind for start, kind in _BEGINNINGS.items() if head.startswith(start)), None)
 
 
 def looks_like_image(head: bytes) -> bool:
     """Return whether a file is an image, by its first `HEAD_BYTES` bytes."""
-    return (
-        head.startswith(_BEGINNINGS)
-        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-        or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
-        or (head[:2] == b"BM" and head[6:10] == bytes(4))  # BMP: a size, then four reserved bytes
-    )
+    return extension_by_content(head) is not None
 
 
 def head_of(filesystem: pafs.FileSystem, path: str) -> bytes:

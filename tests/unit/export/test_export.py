@@ -18,10 +18,12 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from pipeline.cli.main import main
 from pipeline.export.destination import Destination
+from pipeline.export.image_rows import extension_of
 from pipeline.export.imagefolder import PART, write_imagefolder
 from pipeline.export.webdataset import sample_key
 from pipeline.fetching import images_of_rows
@@ -196,6 +198,25 @@ def test_the_images_of_a_sample_stay_together(tmp_path):
 )
 def test_keys_are_safe_paths_with_one_dot_less(key, expected):
     assert sample_key({"key": key, "row": 7, "member": None}) == expected
+
+
+@pytest.mark.parametrize(
+    ("format", "ending"),
+    [
+        ("JPEG", "jpg"),
+        ("PNG", "png"),
+        ("GIF", "gif"),
+        ("BMP", "bmp"),
+        ("TIFF", "tiff"),
+        ("WEBP", "webp"),
+        ("AVIF", "avif"),
+        ("JPEG2000", "jp2"),
+    ],
+)
+def test_an_image_without_an_ending_gets_that_of_its_content(format, ending):
+    """JPEG 2000 was exported as .jpg, which few programs open."""
+    Image.new("RGB", (64, 64), "red").save(file := io.BytesIO(), format)
+    assert extension_of("17", file.getvalue()) == ending
 
 
 def test_no_two_samples_of_a_tar_have_one_key(tmp_path):
