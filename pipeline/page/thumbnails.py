@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
@@ -39,55 +40,38 @@ def thumbnails_of_run(run: Run, rows: Sequence[Mapping[str, Any]], number: int) 
         rows: the rows that matter most first.
         number: 0 leaves the input alone.
     """
-    wanted = [row for row in rows if row["width"] is not None][:number]
+    shards = {shard.name: shard for shard in run.shards}
+    wanted: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in [row for row in rows if row["width"] is not None and row["shard"] in shards][:number]:
+        wanted[row["shard"]].append(row)
     if not wanted:
         return {}
+    settings = from_dict(CaptionSettings, run.settings).in_version(run.schema_version)
+    options = replace(settings.read_options.images_only, table_rows=1)
     made, num_bytes = dict[RowAddress, bytes](), 0
-    with closing(_thumbnails(run, wanted)) as thumbnails:
-        for address, jpeg in thumbnails:
-            num_bytes += len(jpeg)
-            if num_bytes > MAX_IMAGE_BYTES:
-                break
-            made[address] = jpeg
+    with DecodePool(SIZE_PX, settings.limits) as pool:
+        for shard, of_shard in wanted.items():
+            of_shard.sort(key=itemgetter("row"))
+            numbers = [row["row"] for row in of_shard]
+            images = images_of_output(shards[shard], numbers, of_shard, options, settings.fetching)
+            with closing(images), suppress(InputError, OSError, pa.ArrowException):
+                for row, found in images:
+                    jpeg = _thumbnail(pool, found.image, row)
+                    num_bytes += len(jpeg)
+                    if num_bytes > MAX_IMAGE_BYTES:
+                        return made
+                    if jpeg:
+                        made[shard, row["row"]] = jpeg
     return made
 
 
-def _thumbnails(
-    run: Run, rows: Iterable[Mapping[str, Any]]
-) -> Generator[tuple[RowAddress, bytes], None, None]:
-    """Yield a JPEG file for each row whose image is still the one that the run has read."""
-    settings = from_dict(CaptionSettings, run.settings).in_version(run.schema_version)
-    options = replace(settings.read_options.images_only, table_rows=1)
-    shards = {shard.name: shard for shard in run.shards}
-    wanted: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
-    for row in rows:
-        if row["shard"] in shards:
-            wanted[row["shard"]][row["row"]] = row
-    with DecodePool(SIZE_PX, settings.limits) as pool:
-        for shard, by_number in wanted.items():
-            numbers = sorted(by_number)
-            in_order = [by_number[number] for number in numbers]
-            images = images_of_output(shards[shard], numbers, in_order, options, settings.fetching)
-            with closing(images), suppress(InputError, OSError, pa.ArrowException):
-                for row, found in images:
-                    if found.image is None:
-                        continue
-                    (decoded,) = pool.decode([found.image])
-                    if decoded.pixels is not None:
-                        jpeg = _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
-                        yield (shard, row["row"]), jpeg
-
-
-def _jpeg(pixels: Any, width: int, height: int) -> bytes:
-    """Encode a square of pixels as a JPEG file with the proportions of the original image.
-
-    Args:
-        pixels: uint8[SIZE_PX, SIZE_PX, 3].
-        width: width of the original image in pixels.
-        height: height of the original image in pixels.
-    """
-    scale = SIZE_PX / max(width, height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+def _thumbnail(pool: DecodePool, image: bytes | None, row: Mapping[str, Any]) -> bytes:
+    """Return a JPEG file with the proportions of the original image; empty if it cannot be decoded."""
+    (decoded,) = pool.decode([image])
+    if decoded.pixels is None:
+        return b""
+    scale = SIZE_PX / max(row["width"], row["height"])
+    size = (max(1, round(row["width"] * scale)), max(1, round(row["height"] * scale)))
     file = io.BytesIO()
-    Image.fromarray(pixels).resize(size).save(file, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(decoded.array(SIZE_PX)).resize(size).save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
