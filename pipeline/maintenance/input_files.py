@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
@@ -16,7 +15,7 @@ from pipeline.ledger.commit import Summary
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.progress import count
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.filesystems import at_once
 
 REDO = "restore the input, or add --redo-changed to the command to make all rows of the shard again"
 
@@ -64,8 +63,7 @@ def _compare_bytes(
         content = summaries[shard.name].content if shard.name in summaries else None
         if content is not None and (without_secrets(shard.root), shard.files[0]) not in gone:
             known.setdefault((shard.root, shard.files[0]), (shard, content))  # Ranges share their file.
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        yield from filter(None, pool.map(lambda pair: _difference(*pair), known.values()))
+    yield from filter(None, at_once(lambda pair: _difference(*pair), known.values()))
 
 
 def _difference(shard: Shard, content: str) -> Finding | None:

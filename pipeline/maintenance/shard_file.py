@@ -31,18 +31,13 @@ OPTIONAL = (*CAPTION_COLUMNS, "member")
 """Columns of the row contract that some runs do not have."""
 
 
-@dataclass(frozen=True)
-class ShardFile:
-    """What was found in one file."""
+def check_shard_file(folder: Folder, run: Run, shard: Shard) -> tuple[Summary | None, Finding | None]:
+    """Read the file of a finished shard.
 
-    shard: str
-    summary: Summary | None
-    """What its footer says; None if it cannot be read, or is the footer of another shard or run."""
-    fault: Finding | None = None
-
-
-def check_shard_file(folder: Folder, run: Run, shard: Shard) -> ShardFile:
-    """Read the file of a finished shard, and say what is wrong with it."""
+    Returns:
+        What its footer says, None if it cannot be read or is the footer of another shard or run; and what is
+        wrong with the file.
+    """
     name = output_name(shard.name)
     summary: Summary | None = None
     remedy = _again(name)
@@ -64,7 +59,7 @@ def check_shard_file(folder: Folder, run: Run, shard: Shard) -> ShardFile:
         said = str(error).removeprefix(f"{name} in {folder} cannot be read: ")
         found = f"cannot be read: {' '.join(said.split())}"
         remedy = f"if the store has failed, verify again; else {remedy}"
-    return ShardFile(shard.name, summary, Finding(name, "fail", found, remedy) if found else None)
+    return summary, Finding(name, "fail", found, remedy) if found else None
 
 
 def _again(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.finding import Finding
 from pipeline.inputs.changes import name_some
@@ -15,7 +14,7 @@ from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
 from pipeline.maintenance.removable import find_removable
 from pipeline.progress import count
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder
 
 
@@ -47,22 +46,19 @@ def check_fragments(folder: Folder, run: Run, state: OutputState) -> Iterator[Fi
     """Read the fragments of the listed shards; yield those whose content is not what was written."""
     listed = {shard.name for shard in run.shards}
     fragments = [f for shard, found in state.fragments.items() if shard in listed for f in found]
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        for fragment, is_damaged in zip(
-            fragments, pool.map(lambda f: _is_damaged(folder, f), fragments), strict=True
-        ):
-            if is_damaged:
-                yield Finding(
-                    fragment.name,
-                    "fail",
-                    "is damaged: its content is not what was written",
-                    f"delete {fragment.name} and run the same command again, which makes its rows again",
-                )
+    yield from filter(None, at_once(lambda fragment: _damage(folder, fragment), fragments))
 
 
-def _is_damaged(folder: Folder, fragment: Fragment) -> bool:
+def _damage(folder: Folder, fragment: Fragment) -> Finding | None:
     content = folder.get(fragment.name)
-    return content is not None and not is_intact(fragment.name, content)
+    if content is None or is_intact(fragment.name, content):
+        return None
+    return Finding(
+        fragment.name,
+        "fail",
+        "is damaged: its content is not what was written",
+        f"delete {fragment.name} and run the same command again, which makes its rows again",
+    )
 
 
 def check_leftovers(

@@ -78,11 +78,12 @@ def examine(
     shards = [shard for shard in run.shards if shard.name in state.finished]
     told = time.monotonic()
     with ThreadPoolExecutor(NUM_FILES_AT_ONCE) as pool:
-        for number, found in enumerate(pool.map(lambda s: check_shard_file(folder, run, s), shards), 1):
-            if found.fault is not None:
-                yield found.fault
-            if found.summary is not None:
-                summaries[found.shard] = found.summary
+        checked = pool.map(lambda shard: check_shard_file(folder, run, shard), shards)
+        for number, (summary, fault) in enumerate(checked, 1):
+            if fault is not None:
+                yield fault
+            if summary is not None:
+                summaries[summary.shard] = summary
             if not settings.json and time.monotonic() - told >= LOG_EVERY_S:
                 told = time.monotonic()
                 console.say(f"{number:,} of {count(len(shards), 'file')} read")
