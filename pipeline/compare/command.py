@@ -14,7 +14,7 @@ from pipeline.compare.plain_rows import PlainRows, Rows, find_rows
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.ledger.ledger import Ledger
 from pipeline.progress import Console, count, write_json
-from pipeline.report.rows import FinishedRows, json_line, one_line
+from pipeline.report.rows import FinishedRows, one_line, plain_value
 from pipeline.result_file import result_file
 from pipeline.settings.report_settings import CompareSettings
 
@@ -114,7 +114,7 @@ def _to_dict(comparison: Comparison, scores: dict[str, Score]) -> dict[str, obje
             for name, s in scores.items()
         },
         "largest_changes": [
-            json.loads(json_line({"distance": c.distance, "before": c.pair.before, "after": c.pair.after}))
+            plain_value({"distance": c.distance, "before": c.pair.before, "after": c.pair.after})
             for c in comparison.largest()
         ],
     }

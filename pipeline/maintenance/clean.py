@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -52,35 +52,22 @@ def clean(settings: CleanSettings) -> int:
         with Lease(ledger.folder):  # which also deletes the leases of dead drivers
             if run is not None:
                 ledger.require_unrevised(run)  # fragments of new shards would look like those of no shard
-            found = _find(ledger, run, dead_leases)
-            _delete(ledger, run, found.removable.names)
+            removable, sizes = _find(ledger, run, dead_leases)
+            _delete(ledger, run, removable.names)
         ledger.folder.drop_if_empty(ASIDE)
     else:
-        found = _find(ledger, run, dead_leases)
+        removable, sizes = _find(ledger, run, dead_leases)
     if console.is_json:
-        by_reason = {reason: list(names) for reason, names in found.removable.by_reason.items()}
-        console.event("clean", files=by_reason, num_bytes=found.num_bytes, is_deleted=settings.yes)
+        files, num_bytes = removable.by_reason, sum(sizes.values())
+        console.event("clean", files=files, num_bytes=num_bytes, is_deleted=settings.yes)
         return ExitStatus.DONE
-    for line in _lines(found, settings.yes):
+    for line in _lines(removable, sizes, settings.yes):
         console.result(line)
     return ExitStatus.DONE
 
 
-@dataclass(frozen=True)
-class Found:
-    """What is of no use in an output now."""
-
-    removable: Removable
-    sizes: Mapping[str, int]
-    """Bytes of each file."""
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(self.sizes.values())
-
-
-def _find(ledger: Ledger, run: Run | None, dead_leases: Sequence[str]) -> Found:
-    """List the output, and find what is of no use."""
+def _find(ledger: Ledger, run: Run | None, dead_leases: Sequence[str]) -> tuple[Removable, dict[str, int]]:
+    """List the output, and find what is of no use and how many bytes each file has."""
     state = ledger.scan()
     files = {file.name: file for file in ledger.folder.files(STATE)}
     before = time.time() - MIN_PLAN_AGE_S
@@ -88,7 +75,7 @@ def _find(ledger: Ledger, run: Run | None, dead_leases: Sequence[str]) -> Found:
     state = replace(state, leftovers=tuple(name for name in state.leftovers if name not in young))
     summaries = _summaries(ledger.folder, state.finished & state.fragments.keys())
     removable = find_removable(run, state, summaries, dead_leases)
-    return Found(removable, {name: files[name].num_bytes for name in removable.names if name in files})
+    return removable, {name: files[name].num_bytes for name in removable.names if name in files}
 
 
 def _summaries(folder: Folder, shards: Iterable[str]) -> dict[str, Summary]:
@@ -114,18 +101,18 @@ def _delete(ledger: Ledger, run: Run | None, names: Sequence[str]) -> None:
         ledger.drop_markers(state, ledger.reconcile(run, state))
 
 
-def _lines(found: Found, is_deleted: bool) -> Iterator[str]:
-    for reason, names in found.removable.by_reason.items():
-        num_bytes = sum(found.sizes.get(name, 0) for name in names)
+def _lines(removable: Removable, sizes: Mapping[str, int], is_deleted: bool) -> Iterator[str]:
+    for reason, names in removable.by_reason.items():
+        num_bytes = sum(sizes.get(name, 0) for name in names)
         yield f"{reason}: {count(len(names), 'file')}, {format_bytes(num_bytes)}"
         yield f"    {name_some(names)}"
-    waiting = sum(found.removable.waiting.values())
+    waiting = sum(removable.waiting.values())
     if waiting:
         yield f"kept: {count(waiting, 'fragment')} of a retry that was stopped; blip2 retry goes on with them"
-    total = f"{count(len(found.removable.names), 'file')}, {format_bytes(found.num_bytes)}"
+    total = f"{count(len(removable.names), 'file')}, {format_bytes(sum(sizes.values()))}"
     if is_deleted:
         yield f"deleted: {total}"
-    elif found.removable.names:
+    elif removable.names:
         yield f"to be deleted: {total}; give --yes to delete them"
     else:
         yield "there is nothing to delete"

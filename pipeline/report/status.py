@@ -68,9 +68,17 @@ class RunStatus:
 
     @property
     def rows_left(self) -> int | None:
-        """Rows to do, estimated; None if the length of no shard is known."""
-        rows = _estimate_rows(self.run, self.done)
-        return None if rows is None else max(0, rows - self.rows_in_progress)
+        """Rows to do, estimated: a shard of unknown length counts as long as the average of the others.
+
+        None if the length of no shard is known.
+        """
+        known = {shard.name: shard.num_rows for shard in self.run.shards if shard.num_rows is not None}
+        known |= {summary.shard: summary.num_rows for summary in self.done.summaries}
+        if not known:
+            return None
+        average = sum(known.values()) / len(known)
+        rows = round(sum(known.get(name, average) for name in self.done.missing))
+        return max(0, rows - self.rows_in_progress)
 
     @property
     def has_driver(self) -> bool:
@@ -148,20 +156,6 @@ def _silence(folder: Folder, lease: str) -> str:
     except ValueError as error:
         reason = str(error.__cause__)
     return f"; no heartbeat for {duration(silent_s)}: {reason}"
-
-
-def _estimate_rows(run: Run, done: Reconciliation) -> int | None:
-    """Estimate the number of rows in the shards without a file.
-
-    A shard of unknown length counts as long as the average of the others. Return None if the length of
-    no shard is known.
-    """
-    known = {shard.name: shard.num_rows for shard in run.shards if shard.num_rows is not None}
-    known |= {summary.shard: summary.num_rows for summary in done.summaries}
-    if not known:
-        return None
-    average = sum(known.values()) / len(known)
-    return round(sum(known.get(name, average) for name in done.missing))
 
 
 def _driver_line(holder: Holder | None, is_unfinished: bool) -> str:
