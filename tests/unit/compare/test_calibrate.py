@@ -13,16 +13,8 @@ import pytest
 
 from blip2_actor import Calibration, GenerationOptions
 from pipeline.cli.main import main
-from pipeline.inputs.reader import ShardReport
-from pipeline.inputs.shards import Shard
-from pipeline.ledger.commit import commit_shard
-from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.run_record import Run
 from pipeline.schema import output_schema
-from pipeline.settings.fingerprint import Fingerprint
-from pipeline.settings.job_settings import CaptionSettings
-from pipeline.storage.folder import Folder
+from tests.unit.report.finished_output import write_output
 
 SCHEMA = output_schema([pa.field("truth", pa.list_(pa.string())), pa.field("good", pa.bool_())])
 OPTIONS = GenerationOptions(num_beams=3, stop=("x",)).resolve()
@@ -52,14 +44,7 @@ def rows_of_a_run(number: int = 400) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("run")
-    settings, folder = CaptionSettings(input=("none",), output=str(root)), Folder(str(root))
-    shard = Shard(name="0.tar", format="webdataset", root="/none", files=("0.tar",))
-    Ledger(folder).begin(Run(Fingerprint(PARTS), settings.to_dict(), (shard,)))
-    rows = [row | {"shard": "0.tar", "row": number} for number, row in enumerate(rows_of_a_run())]
-    write_fragment(folder, pa.Table.from_pylist(rows, schema=SCHEMA))
-    commit_shard(folder, ShardReport(shard="0.tar", num_rows=len(rows), complete=True), {}, SCHEMA)
-    return str(root)
+    return write_output(tmp_path_factory.mktemp("run"), {"0.tar": rows_of_a_run()}, SCHEMA, parts=PARTS).uri
 
 
 def test_a_calibration_knows_what_it_was_fitted_on(output: str, tmp_path: Path, capsys) -> None:

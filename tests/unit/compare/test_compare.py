@@ -23,17 +23,9 @@ from pipeline.compare.comparison import Comparison, compare
 from pipeline.compare.edit_distance import diff, edit_distance
 from pipeline.compare.join import Join, Pair
 from pipeline.compare.metrics import cider_scores, compare_scores, document_frequencies, words_of
-from pipeline.inputs.reader import ShardReport
-from pipeline.inputs.shards import Shard
-from pipeline.ledger.commit import commit_shard
-from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.run_record import Run
 from pipeline.report.rows import FinishedRows
 from pipeline.schema import output_schema
-from pipeline.settings.fingerprint import Fingerprint
-from pipeline.settings.job_settings import CaptionSettings
-from pipeline.storage.folder import Folder
+from tests.unit.report import finished_output
 
 SCHEMA = output_schema([pa.field("truth", pa.list_(pa.string()))])
 
@@ -70,16 +62,7 @@ def failed(key: str) -> dict[str, Any]:
 
 
 def write_output(root: Path, shards: dict[str, list[dict[str, Any]]]) -> str:
-    settings = CaptionSettings(input=(str(root / "none"),), output=str(root))
-    folder = Folder(str(root))
-    listed = [Shard(name=name, format="webdataset", root="/none", files=(name,)) for name in shards]
-    Ledger(folder).begin(Run(Fingerprint({}), settings.to_dict(), tuple(listed)))
-    for name, rows in shards.items():
-        numbered = [row | {"shard": name, "row": number} for number, row in enumerate(rows)]
-        if rows:
-            write_fragment(folder, pa.Table.from_pylist(numbered, schema=SCHEMA))
-        commit_shard(folder, ShardReport(shard=name, num_rows=len(rows), complete=True), {}, SCHEMA)
-    return folder.uri
+    return finished_output.write_output(root, shards, SCHEMA).uri
 
 
 def pairs_of(before: str, after: str) -> tuple[set[tuple[str, str]], Join]:

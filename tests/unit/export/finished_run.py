@@ -11,16 +11,15 @@ import pyarrow as pa
 
 from pipeline.inputs.formats import read_shard
 from pipeline.inputs.listing import list_shards
-from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
+from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
-from pipeline.ledger.commit import commit_shard
-from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
+from tests.unit.report.finished_output import write_shard
 
 SCHEMA = output_schema([], [pa.field("color", pa.string()), pa.field("vector", pa.list_(pa.float32()))])
 
@@ -39,8 +38,7 @@ def write_run(source: Path, output: Path, failed: Collection[int] = ()) -> list[
     rows = []
     for shard in run.shards:
         made = [_row(cells, failed) for cells in _read(shard)]
-        write_fragment(folder, pa.Table.from_pylist(made, schema=SCHEMA))
-        commit_shard(folder, ShardReport(shard=shard.name, num_rows=len(made), complete=True), {}, SCHEMA)
+        write_shard(folder, shard.name, pa.Table.from_pylist(made, schema=SCHEMA))
         rows += made
     return pa.Table.from_pylist(rows, schema=SCHEMA).to_pylist()
 

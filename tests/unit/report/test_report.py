@@ -21,9 +21,6 @@ from pipeline.attempts.store import write_attempt
 from pipeline.cli.main import main
 from pipeline.demo.dataset import MARKER
 from pipeline.inputs.listing import list_shards
-from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import commit_shard
-from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.report.models import DEMO_WARNING, license_of
@@ -38,6 +35,7 @@ from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import BROKEN, SIZE_PX, write_tars
+from tests.unit.report.finished_output import write_shard
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=\"alert('y')\">"
 
@@ -79,9 +77,7 @@ def write_run(root: Path, num_tars: int = 2, rows_per_tar: int = 30, **changes: 
                     "fit": -0.25 if at % 3 else -0.5,
                 }
             rows.append(row)
-        if rows:
-            write_fragment(folder, pa.Table.from_pylist(rows, schema=schema))
-        commit_shard(folder, ShardReport(shard=shard, num_rows=len(rows), complete=True), {}, schema)
+        write_shard(folder, shard, pa.Table.from_pylist(rows, schema=schema))
     return folder
 
 

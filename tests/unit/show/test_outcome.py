@@ -43,8 +43,7 @@ def test_percentages_have_the_digits_that_matter(fraction, text):
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[Folder, Reconciliation]:
     """An output of four shards, each with two failed rows of ten."""
-    folder = Folder(str(tmp_path / "my output"))
-    write_output(folder, num_shards=4)
+    folder = write_output(tmp_path / "my output", num_shards=4)
     ledger = Ledger(folder)
     done = ledger.reconcile(ledger.require_run(), ledger.scan())
     return folder, dataclasses.replace(done, missing=())
@@ -83,8 +82,7 @@ def test_captions_failures_and_commands(finished):
 
 @pytest.mark.parametrize(("num_shards", "shown"), [(1, ["0-0", "0-1", "0-2"]), (2, ["0-0", "1-0"])])
 def test_a_folder_of_photos_is_one_shard_and_shows_a_few_captions(tmp_path, num_shards, shown):
-    folder = Folder(str(tmp_path))
-    write_output(folder, num_shards)
+    folder = write_output(tmp_path, num_shards)
     ledger = Ledger(folder)
     done = ledger.reconcile(ledger.require_run(), ledger.scan())
     lines = outcome_lines(folder, dataclasses.replace(done, missing=()))

@@ -14,19 +14,13 @@ import pytest
 from rich.cells import cell_len
 
 from pipeline.cli.main import main
-from pipeline.inputs.reader import ShardReport
-from pipeline.inputs.shards import Shard
-from pipeline.ledger.commit import commit_shard
-from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.run_record import Run
 from pipeline.report.rows import FinishedRows
 from pipeline.schema import ROW_CONTRACT, output_schema
-from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.report_settings import ShowSettings
 from pipeline.show.choice import chosen
 from pipeline.show.table import pages
 from pipeline.storage.folder import Folder
+from tests.unit.report import finished_output
 
 SCHEMA = output_schema([pa.field("color", pa.string()), pa.field("vector", pa.list_(pa.float32()))])
 ESCAPE = "a \x1b[2Jcat\n\x9bon 猫 a mat"
@@ -34,34 +28,23 @@ ESCAPE = "a \x1b[2Jcat\n\x9bon 猫 a mat"
 LONG = " word" * 40
 
 
-def write_output(folder: Folder, num_shards: int = 2, rows_per_shard: int = 10) -> None:
+def write_output(root: Path, num_shards: int = 2, rows_per_shard: int = 10) -> Folder:
     """Write a run whose last shard has no file. Every fifth row has failed; logprobs fall from -1 on."""
-    names = [f"{number}.tar" for number in range(num_shards + 1)]
-    shards = [Shard(name=name, format="webdataset", root="/in", files=(name,)) for name in names]
-    Ledger(folder).begin(Run(Fingerprint({}), {}, tuple(shards)))
-    for shard, name in enumerate(names[:-1]):
-        rows: list[dict[str, Any]] = []
-        for at in range(rows_per_shard):
-            row: dict[str, Any] = {"key": f"photo-{shard}-{at}", "shard": name, "row": at, "flags": []}
-            if at % 5 == 4:
-                row |= {"status": "undecodable", "error": f"cut at byte {at}"}
-            else:
-                row |= {
-                    "status": "ok",
-                    "caption": f"{ESCAPE} {at}{LONG * (at == 1)}",
-                    "logprob": -1.0 - shard - at / 10,
-                }
-                row |= {"color": "red", "vector": [1.0, 2.0], "sha256": b"\x00\xff"}
-            rows.append(row)
-        write_fragment(folder, pa.Table.from_pylist(rows, schema=SCHEMA))
-        commit_shard(folder, ShardReport(shard=name, num_rows=len(rows), complete=True), {})
+    shards = {f"{n}.tar": [row_of(n, at) for at in range(rows_per_shard)] for n in range(num_shards)}
+    return finished_output.write_output(root, shards, SCHEMA, [f"{num_shards}.tar"])
+
+
+def row_of(shard: int, at: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"key": f"photo-{shard}-{at}", "flags": []}
+    if at % 5 == 4:
+        return row | {"status": "undecodable", "error": f"cut at byte {at}"}
+    row |= {"status": "ok", "caption": f"{ESCAPE} {at}{LONG * (at == 1)}", "logprob": -1.0 - shard - at / 10}
+    return row | {"color": "red", "vector": [1.0, 2.0], "sha256": b"\x00\xff"}
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> str:
-    folder = Folder(str(tmp_path_factory.mktemp("output")))
-    write_output(folder)
-    return folder.uri
+    return write_output(tmp_path_factory.mktemp("output")).uri
 
 
 def shown(output: str, capsys, *flags: str) -> list[dict[str, Any]]:
@@ -108,16 +91,13 @@ def test_kept_columns_of_every_type_are_searched_sorted_and_written(tmp_path, ca
         "uuid": pa.array([b"1" * 16, b"0" * 16, None], pa.uuid()),
         "json": pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a":1}', '["hay"]', None])),
     }
-    folder = Folder(str(tmp_path / "out"))
-    shard = Shard(name="0.tar", format="webdataset", root="/in", files=("0.tar",))
-    Ledger(folder).begin(Run(Fingerprint({}), {}, (shard,)))
+    folder = finished_output.write_output(tmp_path / "out", {}, ROW_CONTRACT, ["0.tar"])
     common = {"shard": "0.tar", "flags": [], "status": "ok"}
     rows = [{"key": key, "row": at, **common} for at, key in enumerate("abc")]
     table = pa.Table.from_pylist(rows, schema=ROW_CONTRACT)
     for name, column in kept.items():
         table = table.append_column(name, column)
-    write_fragment(folder, table)
-    commit_shard(folder, ShardReport(shard="0.tar", num_rows=3, complete=True), {})
+    finished_output.write_shard(folder, "0.tar", table)
     for pattern, expected in {"needle": ["b"], "hay": ["b"], "3131-": ["a"]}.items():
         assert keys(shown(folder.uri, capsys, "--grep", pattern)) == expected
     for name, order in {"half": "bac", "uuid": "bac", "json": "bac", "large": "bac"}.items():
@@ -192,7 +172,7 @@ def test_what_cannot_be_shown_is_refused(output, capsys, flags, said):
 
 def test_an_output_without_finished_shards_is_refused(tmp_path, capsys):
     assert main(["show", "--output", str(tmp_path / "none")]) == 3
-    write_output(Folder(str(tmp_path / "new")), num_shards=0)
+    write_output(tmp_path / "new", num_shards=0)
     assert main(["show", "--output", str(tmp_path / "new")]) == 3
     said = capsys.readouterr().err
     assert "holds no run" in said and "has no finished shard yet" in said
@@ -200,8 +180,7 @@ def test_an_output_without_finished_shards_is_refused(tmp_path, capsys):
 
 def test_a_closed_pipe_ends_the_reading_and_ray_is_not_imported(tmp_path):
     """`| head` ended, and the command went on reading millions of rows."""
-    folder = Folder(str(tmp_path))
-    write_output(folder, num_shards=1, rows_per_shard=100)
+    write_output(tmp_path, num_shards=1, rows_per_shard=100)
     code = (
         "import sys\n"
         "from pipeline.show import show\n"
