@@ -171,7 +171,7 @@ def _written_bytes(folder: Folder, num_rows: int) -> tuple[float, int]:
 
 
 def _write_cost(folder: Folder, rows: pa.Table, num_rows: int) -> Cost:
-    """Return what writing a row costs in a fragment of so many rows, which share the cost of its files."""
+    """Return what writing a row costs in a fragment of `num_rows`, which share the cost of its files."""
     copies = rows.take(pa.array([number % len(rows) for number in range(num_rows)], pa.int64()))
     _, cost = measure(_write, folder, copies)
     return cost.per_row(num_rows)

@@ -50,7 +50,7 @@ class Report:
     thumbnails: Mapping[RowAddress, bytes]
     """JPEG files for some of the samples."""
     max_thumbnails: int
-    """So many were asked for."""
+    """How many were asked for."""
     attempts: Attempts
 
     @property

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.progress.wording import count, escaped
+from pipeline.progress.wording import count, cut, escaped
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
@@ -142,7 +142,7 @@ def short_value(value: Any, max_chars: int | None = MAX_VALUE_CHARS) -> str:
     if isinstance(value, (list, bytes)):
         return f"{len(value):,} {'bytes' if isinstance(value, bytes) else 'values'}"
     text = one_line(f"{value:.4g}" if isinstance(value, float) else str(value))
-    return text if max_chars is None or len(text) <= max_chars else f"{text[:max_chars]}…"
+    return text if max_chars is None else cut(text, max_chars)
 
 
 def plain_value(value: Any) -> Any:

@@ -180,7 +180,6 @@ def test_the_command_prints_the_summary_and_writes_the_page(folder, tmp_path, ca
             "a file in a folder of this machine, got .*make the folder .*missing",
         ),
         ("card", ".", "a file, got the folder .*name a file in it"),
-        ("html", "~no/report.html", "a file in a folder of this machine"),
         ("card", "", "the name of a file, got an empty one"),
     ],
 )
