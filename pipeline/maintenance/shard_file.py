@@ -94,9 +94,8 @@ def _row_faults(parquet: pq.ParquetFile, summary: Summary, run: Run, shard: Shar
         yield from wrong_columns
         return
     rows = _Rows(shard, shard.files if shard.format == "folder" and run.schema_version > 1 else None)
-    names = parquet.schema_arrow.names
     for group in range(parquet.num_row_groups):
-        rows.add(parquet.read_row_group(group), has_captions="caption" in names)
+        rows.add(parquet.read_row_group(group))
     yield from rows.faults.values()
     if rows.num_rows != summary.num_rows:
         yield f"holds {count(rows.num_rows, 'row')}, and its footer says {summary.num_rows:,}"
@@ -128,30 +127,24 @@ class _Rows:
     by_status: Counter[str] = field(default_factory=Counter)
     faults: dict[str, str] = field(default_factory=dict)
     """The first fault of each kind."""
-    last: int = -1
-    """Number of the row before."""
 
-    def add(self, rows: pa.Table, has_captions: bool) -> None:
+    def add(self, rows: pa.Table) -> None:
         """Check the next row group."""
         start, self.num_rows = self.num_rows, self.num_rows + len(rows)
         numbers = rows["row"].to_numpy()
         wrong = np.flatnonzero(numbers != np.arange(start, self.num_rows))
         if len(wrong):
-            position = int(wrong[0])
-            before = numbers[position - 1] if position else self.last
-            after = f"after row {before}" if before >= 0 else "first"
-            self._tell(
-                "order", f"must hold the rows 0, 1, 2 and so on; {after} comes row {numbers[position]}"
-            )
-        if len(rows):
-            self.last = int(numbers[-1])
+            expected = start + int(wrong[0])
+            after = f"after row {expected - 1}" if expected else "first"
+            found = numbers[wrong[0]]
+            self._tell("order", f"must hold the rows 0, 1, 2 and so on; {after} comes row {found}")
         if not pc.all(pc.equal(rows["shard"], self.shard.name)).as_py():
             self._tell("shard", "holds rows of another shard")
         if self.files is not None and not len(wrong):
             self._compare_keys(rows["key"].to_pylist(), start)
         statuses = rows["status"].value_counts().to_pylist()
         self.by_status.update({pair["values"]: pair["counts"] for pair in statuses})
-        if has_captions:
+        if "caption" in rows.column_names:
             is_ok = pc.equal(rows["status"], Status.OK.value)
             differ = pc.sum(pc.not_equal(is_ok, pc.is_valid(rows["caption"]))).as_py()
             if differ:
