@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
@@ -22,12 +23,11 @@ def chosen(tables: Iterable[pa.Table], settings: ShowSettings) -> Iterator[pa.Ta
     if settings.sort is not None:
         yield _first_sorted(matching, settings.sort, settings.limit, settings.descending)
         return
-    left = settings.limit
+    left = settings.limit or sys.maxsize
     for table in matching:
-        if len(table):
-            yield table if settings.limit == 0 else table.slice(0, left)
+        yield table.slice(0, left)
         left -= len(table)
-        if settings.limit and left <= 0:
+        if left <= 0:
             return
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
-from typing import Any
 
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.progress import Console, write, write_json
@@ -30,19 +27,11 @@ def show(settings: ShowSettings) -> int:
     if settings.json:
         written = (write_json(json_line(row)) for row in rows)
     else:
-        written = (write(sys.stdout, text) for text in _texts(rows))
+        is_terminal, width = sys.stdout.isatty(), shutil.get_terminal_size().columns
+        texts = pages(rows, width) if is_terminal else (f"{line}\n" for line in tabbed_lines(rows))
+        written = (write(sys.stdout, text) for text in texts)
     if not all(written):
         return ExitStatus.DONE
     if found.unfinished:
         Console(sys.stderr).say(f"{found.unfinished}; rows of finished shards are shown")
     return ExitStatus.DONE
-
-
-def _texts(rows: Iterator[dict[str, Any]]) -> Iterable[str]:
-    first = list(islice(rows, 1))
-    if not first:
-        return ["no row matches\n"] if sys.stdout.isatty() else []
-    rows = chain(first, rows)
-    if not sys.stdout.isatty():
-        return (line + "\n" for line in tabbed_lines(rows))
-    return pages(rows, shutil.get_terminal_size().columns)

@@ -33,15 +33,17 @@ def pages(rows: Iterable[Row], width: int) -> Iterator[str]:
     """Yield the pages of a table with the columns key, status, logprob and result.
 
     The result is the caption, and below it the columns that the user has named. Of a failed row it is the
-    error.
+    error. Without rows, a sentence says so.
 
     Args:
         width: columns of the terminal. No line is longer, unless there are fewer than 20.
     """
     rows = iter(rows)
     page = list(islice(rows, PAGE_ROWS))
-    widths = _widths(page, max(width, MIN_WIDTH)) if page else {}
-    has_header = True
+    if not page:
+        yield "no row matches\n"
+        return
+    widths, has_header = _widths(page, max(width, MIN_WIDTH)), True
     while page:
         yield _page(page, widths, has_header)
         page, has_header = list(islice(rows, PAGE_ROWS)), False
