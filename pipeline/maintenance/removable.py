@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 from pipeline.ledger.commit import Summary
@@ -17,7 +17,7 @@ class Removable:
     """Files of no use, by the reason."""
 
     by_reason: Mapping[str, tuple[str, ...]]
-    waiting: Mapping[str, int] = field(default_factory=dict)
+    waiting: Mapping[str, int]
     """Numbers of fragments by finished shard that a `retry` which was stopped goes on with."""
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -112,15 +111,13 @@ class SampleChooser:
 
     def chosen(self) -> dict[int, tuple[str, ...]]:
         """Return the numbers of the chosen rows with their groups, in the order of the groups."""
+        by_group = {name: group.rows() for name, group in self._groups.items()}
+        by_group["duplicates"] = self._duplicates.rows(NUM_OTHERS)
         found: dict[int, list[str]] = {}
-        for name, rows in self._rows_by_group():
+        for name, rows in by_group.items():
             for row in rows:
                 found.setdefault(row, []).append(name)
         return {row: tuple(names) for row, names in found.items()}
-
-    def _rows_by_group(self) -> Iterator[tuple[str, list[int]]]:
-        for name, group in self._groups.items():
-            yield name, self._duplicates.rows(NUM_OTHERS) if name == "duplicates" else group.rows()
 
     def _add_where(
         self, name: str, is_wanted: pa.ChunkedArray, chance: np.ndarray, numbers: np.ndarray
