@@ -23,28 +23,29 @@ NUM_RANDOM = 210
 NUM_OTHERS = 36
 """Maximum number of rows in each of the other groups."""
 MAX_KEYS = 1_000_000
-"""Rows that are compared with each other at once; of a larger output, a fixed share of the captions is."""
+"""Rows that are compared with each other: of a larger output, those whose captions have the lowest hashes."""
 
 
 class Smallest:
     """Keeps the rows with the smallest scores."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, dtype: type[np.number] = np.float64) -> None:
         self._size = size
-        self._scores = np.empty(0)
+        self._scores = np.empty(0, dtype)
         self._rows = np.empty(0, np.int64)
 
     def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Add scores: float[n] of rows: int64[n]."""
+        """Add scores: number[n] of rows: int64[n]."""
         self._scores = np.concatenate([self._scores, scores])
         self._rows = np.concatenate([self._rows, rows])
         if len(self._rows) > self._size:
             kept = np.argpartition(self._scores, self._size)[: self._size]
             self._scores, self._rows = self._scores[kept], self._rows[kept]
 
-    def rows(self) -> list[int]:
-        """Return the rows, the smallest score first."""
-        return self._rows[np.lexsort((self._rows, self._scores))].tolist()
+    def sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores and the rows, the smallest score first."""
+        order = np.lexsort((self._rows, self._scores))
+        return self._scores[order], self._rows[order]
 
 
 class NearDuplicates:
@@ -55,34 +56,21 @@ class NearDuplicates:
     """
 
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
-        self._max_keys = max_keys
-        self._keys = np.empty(0, np.uint64)
-        self._rows = np.empty(0, np.int64)
-        self._mask = np.uint64(0)
+        self._keys = Smallest(max_keys, np.uint64)
 
     def add(self, captions: list[str], logprobs: np.ndarray, rows: np.ndarray) -> None:
         """Add captions with logprobs: float[n] and rows: int64[n]."""
-        # A hash of 0 would pass every mask, and no number of halvings would be enough.
-        hashes = np.fromiter((zlib.crc32(text.encode()) or 1 for text in captions), np.uint64, len(captions))
+        hashes = np.fromiter((zlib.crc32(text.encode()) for text in captions), np.uint64, len(captions))
         digits = np.round(logprobs * 1_000).astype(np.int64).astype(np.uint64) & np.uint64(0xFFFFFFFF)
-        keys = (hashes << np.uint64(32)) | digits
-        self._keep(np.concatenate([self._keys, keys]), np.concatenate([self._rows, rows]))
-        while len(self._keys) > self._max_keys:  # Half of the captions, with all rows of each.
-            self._mask = (self._mask << np.uint64(1)) | np.uint64(1)
-            self._keep(self._keys, self._rows)
+        self._keys.add((hashes << np.uint64(32)) | digits, rows)
 
     def rows(self, number: int) -> list[int]:
         """Return at most `number` rows: two of each pair, pairs from all over the output."""
-        order = np.argsort(self._keys, kind="stable")
-        keys, rows = self._keys[order], self._rows[order]
+        keys, rows = self._keys.sorted()
         same = np.flatnonzero(keys[1:] == keys[:-1])
         firsts = same[np.insert(np.diff(same) > 1, 0, True)] if len(same) else same
         chosen = firsts[np.linspace(0, len(firsts) - 1, min(len(firsts), number // 2)).astype(int)]
         return [int(row) for first in chosen for row in rows[first : first + 2]]
-
-    def _keep(self, keys: np.ndarray, rows: np.ndarray) -> None:
-        kept = ((keys >> np.uint64(32)) & self._mask) == 0
-        self._keys, self._rows = keys[kept], rows[kept]
 
 
 class SampleChooser:
@@ -111,7 +99,7 @@ class SampleChooser:
 
     def chosen(self) -> dict[int, tuple[str, ...]]:
         """Return the numbers of the chosen rows with their groups, in the order of the groups."""
-        by_group = {name: group.rows() for name, group in self._groups.items()}
+        by_group = {name: group.sorted()[1].tolist() for name, group in self._groups.items()}
         by_group["duplicates"] = self._duplicates.rows(NUM_OTHERS)
         found: dict[int, list[str]] = {}
         for name, rows in by_group.items():

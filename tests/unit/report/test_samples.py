@@ -52,7 +52,7 @@ def test_smallest_keeps_only_what_it_needs():
     for start in range(0, 100, 10):
         smallest.add(np.arange(start, start + 10)[::-1].astype(float), np.arange(start, start + 10))
         assert len(smallest._rows) <= 3
-    assert smallest.rows() == [9, 8, 7]
+    assert smallest.sorted()[1].tolist() == [9, 8, 7]
 
 
 def test_near_duplicates_are_found_in_bounded_memory():
@@ -62,14 +62,8 @@ def test_near_duplicates_are_found_in_bounded_memory():
         # Neighbors have the same caption; only the log-probabilities of the first 50 pairs of 100 agree.
         logprobs = np.where((numbers // 2) % 100 < 50, -1.0, -numbers / 3)
         found.add([f"caption {n // 2}" for n in numbers], logprobs, numbers)
-        assert len(found._keys) <= 1_000
+        assert len(found._keys._rows) <= 1_000
     rows = found.rows(10)
     assert len(rows) == 10
     assert all(b == a + 1 and (a // 2) % 100 < 50 for a, b in zip(rows[::2], rows[1::2], strict=True))
     assert NearDuplicates().rows(10) == []
-
-
-def test_more_equal_captions_than_are_compared_do_not_stop_a_report():
-    found, numbers = NearDuplicates(max_keys=100), np.arange(200)
-    found.add([""] * 200, np.full(200, -1.0), numbers)
-    assert len(found._keys) <= 100
