@@ -16,6 +16,7 @@ from pipeline.inputs.formats.tar import BUFFER_BYTES
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
 from pipeline.inputs.shards import Shard
 from pipeline.plan.cost import Cost, measure
+from pipeline.rowset import ranges_of
 
 MAX_SHARDS = 16
 
@@ -72,7 +73,7 @@ def _sample_work(shard: Shard, num_rows: int) -> ShardWork:
     if shard.format != "folder":
         return ShardWork(shard=shard, missing=((0, num_rows),))
     rows = evenly_spaced(range(shard.limit_rows(len(shard.files))), num_rows)
-    return ShardWork(shard=shard, missing=tuple((row, row + 1) for row in rows))
+    return ShardWork(shard=shard, missing=tuple(ranges_of(rows)))
 
 
 def _read_first_tables(

@@ -132,17 +132,20 @@ def _input_lines(ledger: Ledger, run: Run) -> list[str]:
 
 
 def _driver_lines(ledger: Ledger, is_unfinished: bool) -> list[str]:
-    """Describe each driver that works on the run, or on a slice of it."""
+    """Describe each driver that works on the run, or on a slice of it; or say that none does."""
     drivers = ledger.drivers()
     living = {part: holder for part, holder in drivers.items() if not holder.is_known_dead}
-    if not living:
-        return [_driver_line(next(iter(drivers.values()), None), is_unfinished)]
-    return [
-        ("" if part is None else f"slice {part} ")
-        + _driver_line(holder, is_unfinished)
-        + _silence(ledger.folder, lease_name(part))
-        for part, holder in living.items()
-    ]
+    if living:
+        return [
+            ("" if part is None else f"slice {part} ")
+            + _driver_line(holder)
+            + _silence(ledger.folder, lease_name(part))
+            for part, holder in living.items()
+        ]
+    died = next((f"; {holder} has died" for holder in drivers.values()), "")
+    if not is_unfinished:
+        return [f"finished{died}"]
+    return [f"no driver is running{died}; run the same command to resume"]
 
 
 def _silence(folder: Folder, lease: str) -> str:
@@ -158,13 +161,8 @@ def _silence(folder: Folder, lease: str) -> str:
     return f"; no heartbeat for {duration(silent_s)}: {reason}"
 
 
-def _driver_line(holder: Holder | None, is_unfinished: bool) -> str:
-    """Describe the driver that holds the output, or say that none is running."""
-    if holder is None or holder.is_known_dead:
-        died = "" if holder is None else f"; {holder} has died"
-        if not is_unfinished:
-            return f"finished{died}"
-        return f"no driver is running{died}; run the same command to resume"
+def _driver_line(holder: Holder) -> str:
+    """Describe a driver that holds the output."""
     if not holder.progress:
         return f"running: {holder}, starting"
     end = _expected_end(holder.progress["left_s"])
