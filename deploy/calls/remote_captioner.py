@@ -17,7 +17,7 @@ from blip2_actor import Calibration, Embedding, ModelInfo
 from deploy.calls.handshake import handshake
 from deploy.calls.shared_calls import begin_shared
 from deploy.http.errors import overloaded, unavailable
-from deploy.http.service import ServedModel, require_name
+from deploy.http.served_model import ServedModel, require_name
 from deploy.settings import Settings
 from deploy.work import BatchOutcome, BatchWork, ImageOutputs, ImageWork, OtherModel, TextPiece
 
@@ -29,6 +29,9 @@ class Models:
     the first time, so that those of a model that nobody uses may stay stopped.
     """
 
+    first: ServedModel
+    """The model of a request that names none, once `start` has returned."""
+
     def __init__(
         self, first: RemoteCaptioner, others: Mapping[str, RemoteCaptioner], settings: Settings
     ) -> None:
@@ -36,41 +39,43 @@ class Models:
         self._others = others
         self._settings = settings
         self._served: dict[str, ServedModel] = {}
+        """The others whose engines have answered."""
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._calibration: Calibration | None = None
 
-    async def start(self) -> ServedModel:
-        """Wait for the engines of the first model, and return it.
+    async def start(self) -> None:
+        """Wait for the engines of the first model.
 
         Raises:
             ValueError: the options of the service, or its retrieval model, do not fit the model.
         """
         self._calibration = await asyncio.to_thread(self._settings.read_calibration)
         info = await self._first.info()
-        served = self._describe(info.model, info, await self._first.matching_info())
-        self._served = {served.name: served}
-        return served
+        self.first = self._describe(info.model, info, await self._first.matching_info())
 
     @property
     def names(self) -> list[str]:
-        return [*(name for name in self._served if name not in self._others), *self._others]
+        return [self.first.name, *self._others]
+
+    def is_first(self, model: ServedModel) -> bool:
+        return model.name not in self._others
 
     def captioner(self, model: ServedModel) -> RemoteCaptioner:
         return self._others.get(model.name, self._first)
 
+    def find(self, name: str) -> ServedModel | None:
+        """Return a model whose engines have answered, else None; raise ApiError 404 if none has the name."""
+        require_name(self.names, name)
+        return self.first if name == self.first.name else self._served.get(name)
+
     def known(self, name: str) -> ServedModel | None:
-        """Return a model whose engines have answered; else have them started, and return None."""
+        """Return a further model whose engines have answered; else have them started, and return None."""
         if name not in self._served:
             self._begin_to_ask(name)
         return self._served.get(name)
 
-    def find(self, name: str) -> ServedModel | None:
-        """Return a model whose engines have answered, else None; raise ApiError 404 if none has the name."""
-        require_name(self.names, name)
-        return self._served.get(name)
-
     async def get(self, name: str) -> ServedModel:
-        """Return a model; if it is asked for the first time, wait for its engines.
+        """Return a further model; if it is asked for the first time, wait for its engines.
 
         Raises:
             ApiError: 503; no engine can answer.
@@ -90,13 +95,14 @@ class Models:
         with _no_engine_is_503():
             self._served[name] = self._describe(name, await self._others[name].info(), None)
 
-    def update(self, model: ServedModel, info: ModelInfo) -> ServedModel:
-        """Return a model as the engine has described it that has just answered, and take it from now on."""
+    def update(self, model: ServedModel, info: ModelInfo) -> None:
+        """Know a model from now on as the engine describes it that has just answered."""
         options = self._settings.options.resolve(info.generation_config)
         updated = replace(model.made_by(info), options=options)
-        self._served.pop(model.name, None)
-        self._served = {updated.name: updated, **self._served}
-        return updated
+        if self.is_first(model):
+            self.first = updated
+        else:
+            self._served[model.name] = updated
 
     def _describe(self, name: str, info: ModelInfo, matching: ModelInfo | None) -> ServedModel:
         self._settings.require_fit(info, matching)
@@ -139,21 +145,15 @@ class RemoteCaptioner:
         embeddings: list[Embedding] = await self._answer("embed_texts", texts)
         return embeddings
 
-    async def stream(
-        self, pixels: np.ndarray, work: ImageWork
-    ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
+    def stream(self, pixels: np.ndarray, work: ImageWork) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
         """As `Captioner.stream`; raises what `run` raises, at the start or later."""
-        async with aclosing(self._items("stream", pixels, work)) as items:
-            async for item in items:
-                yield item
+        return self._items("stream", pixels, work)
 
-    async def run_batch(
+    def run_batch(
         self, images: np.ndarray, work: BatchWork, digest: str
     ) -> AsyncGenerator[list[tuple[int, BatchOutcome]], None]:
         """As `Captioner.run_batch`; raises what `run` raises, at the start or later."""
-        async with aclosing(self._items("run_batch", images, work, digest)) as items:
-            async for item in items:
-                yield item
+        return self._items("run_batch", images, work, digest)
 
     async def _answer(self, method: str, *arguments: Any) -> Any:
         """Return what a method of a captioner returns.
@@ -181,18 +181,16 @@ class RemoteCaptioner:
         """Yield what a method of a captioner yields; as in `_answer`, until the first item is there."""
         is_started = False
         with _no_engine_is_503():
-            try:
-                async with aclosing(self._ask_for_items(method, *arguments)) as items:
-                    async for item in items:
-                        is_started = True
-                        yield item
-                return
-            except RayActorError:
-                if is_started:
-                    raise
-            async with aclosing(self._ask_for_items(method, *arguments, again=True)) as items:
-                async for item in items:
-                    yield item
+            for again in (False, True):
+                try:
+                    async with aclosing(self._ask_for_items(method, *arguments, again=again)) as items:
+                        async for item in items:
+                            is_started = True
+                            yield item
+                    return
+                except RayActorError:
+                    if is_started or again:
+                        raise
 
     async def _ask_for_items(
         self, method: str, *arguments: Any, again: bool = False

@@ -1,1 +1,1 @@
-"""The HTTP interface: routes, bodies, answers, and the page. Nothing here imports Ray."""
+"""The HTTP interface: bodies, answers, errors, the page, and the application that the routes make."""

@@ -26,7 +26,7 @@ from blip2_actor import (
     abstention_flags,
     find_quality_flags,
 )
-from deploy.http.service import ServedModel
+from deploy.http.served_model import ServedModel
 from deploy.http.wishes import Wishes
 from deploy.reuse.made import Made
 from deploy.work import ImageWork, TextToGenerate

@@ -1,7 +1,4 @@
-"""The HTTP application: all routes, and the shape of errors.
-
-It imports no Ray. `create_api` takes any `Service`, so that tests need no cluster.
-"""
+"""The HTTP application: all routes, and the shape of errors."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from starlette.routing import Match
 
 from deploy.http.errors import ApiError, shorten
 from deploy.http.openapi import document
-from deploy.http.service import Service
 from deploy.openai.chat import chat_router
 from deploy.openai.embeddings import openai_embeddings_router
 from deploy.openai.models import models_router
@@ -24,6 +20,7 @@ from deploy.routes.embeddings import embeddings_router
 from deploy.routes.image_to_text import image_to_text_router
 from deploy.routes.pages import pages_router
 from deploy.routes.scores import scores_router
+from deploy.service import Service
 
 ROUTERS = (
     captions_router,

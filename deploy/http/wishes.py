@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validat
 
 from deploy.http.errors import ApiError
 from deploy.http.options import options_schema, parse_options
-from deploy.http.service import ServedModel
+from deploy.http.served_model import ServedModel
 from deploy.work import ImageWork, TextToGenerate, TextToScore
 
 MAX_TEXT_CHARS = 8_192

@@ -22,8 +22,9 @@ from deploy.http.images import ImageSource
 from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import ServedModel, Service
+from deploy.http.served_model import ServedModel
 from deploy.openai.chat_request import ChatBody
+from deploy.service import Service
 from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
 
 

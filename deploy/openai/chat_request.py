@@ -16,7 +16,7 @@ from blip2_actor import FetchPolicy, GenerationOptions
 from deploy.http.errors import bad_request
 from deploy.http.images import ImageSource, read_text
 from deploy.http.options import MAX_OPTIONS, parse_options
-from deploy.http.service import ServedModel
+from deploy.http.served_model import ServedModel
 from deploy.http.wishes import MAX_TEXT_CHARS, Body, Text
 from deploy.work import TextToGenerate
 

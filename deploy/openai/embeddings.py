@@ -23,9 +23,9 @@ from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageSource, read_text
 from deploy.http.lanes import in_lane
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service, make_each
 from deploy.http.wishes import Body
 from deploy.openai.chat_request import Message, content_of
+from deploy.service import Service
 from deploy.work import ImageWork
 
 Inputs = Annotated[list[str], Field(min_length=1, max_length=MAX_IMAGES)]
@@ -97,7 +97,7 @@ def openai_embeddings_router(service: Service) -> APIRouter:
         body = await read_body(request, EmbeddingsBody, service.image_policy, MAX_BODIES)
         async with service.model(body.model) as model:
             images = await in_lane(body.num_chars, lambda: body.images(service.image_policy))
-            found = await make_each(service, model, images, ImageWork(features=True))
+            found = await service.make_each(model, images, ImageWork(features=True))
         vectors = [vector_of("qformer", made.outputs.features, None) for made in found]
         num_tokens = model.info.num_queries * len(images)
         answer = {

@@ -9,7 +9,8 @@ from starlette.responses import JSONResponse
 
 from deploy.http.answers import Answer
 from deploy.http.openapi import errors
-from deploy.http.service import Service, require_name
+from deploy.http.served_model import require_name
+from deploy.service import Service
 
 
 class Model(Answer):

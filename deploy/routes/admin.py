@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse
 from deploy.http.answers import Answer
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service
 from deploy.http.wishes import Body
 from deploy.observe.logs import LogLevel
+from deploy.service import Service
 
 
 class LogLevelBody(Body):

@@ -29,8 +29,9 @@ from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.options import parse_options
 from deploy.http.request_body import read_body
-from deploy.http.service import ServedModel, Service
+from deploy.http.served_model import ServedModel
 from deploy.http.wishes import Body, ModelName, Options
+from deploy.service import Service
 from deploy.work import (
     BatchOutcome,
     BatchWork,

@@ -19,8 +19,9 @@ from deploy.http.event_stream import EVENTS, LINES, Emit, EventStream, event, li
 from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageOrRefusal, ImageSource
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import ServedModel, Service
+from deploy.http.served_model import ServedModel
 from deploy.http.wishes import CAPTION, Wishes
+from deploy.service import Service
 from deploy.work import ImageWork, TextPiece
 
 AT_ONCE = 8

@@ -16,7 +16,7 @@ from deploy.http.errors import bad_request
 from deploy.http.images import ImageField, ImageSource
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import ServedModel, Service, make_each
+from deploy.http.served_model import ServedModel
 from deploy.http.wishes import (
     MAX_TEXTS,
     Body,
@@ -26,6 +26,7 @@ from deploy.http.wishes import (
     Text,
     require_matching,
 )
+from deploy.service import Service
 from deploy.work import ImageWork
 
 
@@ -97,7 +98,7 @@ async def _embed_image(
     work = ImageWork(
         features=any(kind != "contrastive" for kind in kinds), contrastive="contrastive" in kinds
     )
-    [made] = await make_each(service, model, [image], work)
+    [made] = await service.make_each(model, [image], work)
     return {
         "embeddings": vectors_of(kinds, made.outputs.features, made.outputs.contrastive),
         "width": made.image.width,

@@ -15,8 +15,8 @@ from deploy.http.images import ImageField
 from deploy.http.openapi import body_of, errors
 from deploy.http.options import parse_options
 from deploy.http.request_body import read_body
-from deploy.http.service import Service
 from deploy.http.wishes import Body, ModelName, Options
+from deploy.service import Service
 from deploy.work import ImageWork, TextToGenerate
 
 

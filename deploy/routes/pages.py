@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from deploy.http.answers import Answer
 from deploy.http.openapi import errors
 from deploy.http.scene import draw_scene_png
-from deploy.http.service import Service
+from deploy.service import Service
 
 _PAGE_POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; "

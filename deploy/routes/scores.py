@@ -17,8 +17,9 @@ from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource, 
 from deploy.http.lanes import in_lane
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import ServedModel, Service, make_each
+from deploy.http.served_model import ServedModel
 from deploy.http.wishes import MAX_TEXT_CHARS, MAX_TEXTS, Body, ModelName, Text, require_matching
+from deploy.service import Service
 from deploy.work import ImageWork, TextToScore
 
 _IMAGE_IN_BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[\w+/\r\n]{64,}={0,2}", re.ASCII)
@@ -131,7 +132,7 @@ def scores_router(service: Service) -> APIRouter:
         body = await read_body(request, ScoreBody, service.image_policy)
         scores = tuple(TextToScore(text=text, prompt=body.prompt or None) for text in body.texts)
         async with service.model(body.model) as model:
-            [made] = await make_each(service, model, [body.image], ImageWork(scores=scores))
+            [made] = await service.make_each(model, [body.image], ImageWork(scores=scores))
         answer = score_answers(body.texts, made.outputs.scores)
         return JSONResponse({"scores": answer, "model": model.name})
 
@@ -146,7 +147,7 @@ def scores_router(service: Service) -> APIRouter:
         body = await read_body(request, MatchBody, service.image_policy)
         async with service.model(body.model) as model:
             require_matching(model, "match")
-            [made] = await make_each(service, model, [body.image], ImageWork(matches=tuple(body.texts)))
+            [made] = await service.make_each(model, [body.image], ImageWork(matches=tuple(body.texts)))
         assert model.matching is not None
         answer = match_answers(body.texts, made.outputs.matches)
         return JSONResponse({"matches": answer, "model": model.matching.model})
@@ -203,6 +204,6 @@ async def _relevance(
         work = ImageWork(scores=tuple(TextToScore(text=text) for text in texts))
     else:
         work = ImageWork(matches=tuple(texts))
-    outputs = [made.outputs for made in await make_each(service, model, images, work)]
+    outputs = [made.outputs for made in await service.make_each(model, images, work)]
     likelihoods = [math.exp(-(score.loss or 0.0)) for output in outputs for score in output.scores]
     return likelihoods or [match.itm or 0.0 for output in outputs for match in output.matches]

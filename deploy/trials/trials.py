@@ -12,7 +12,7 @@ import numpy as np
 from blip2_actor import Result
 from deploy.calls.remote_captioner import Models
 from deploy.http.errors import ApiError
-from deploy.http.service import ServedModel
+from deploy.http.served_model import ServedModel
 from deploy.observe.metrics import SHADOW_REQUESTS
 from deploy.observe.request_record import RECORD
 from deploy.reuse.made import Made

@@ -34,7 +34,7 @@ from blip2_actor.testing import FakeEngineConfig
 from deploy.guard.access import Access
 from deploy.guard.keys import KeyFile
 from deploy.http.images import ImageSource
-from deploy.http.service import ServedModel
+from deploy.http.served_model import ServedModel
 from deploy.reuse.made import Made
 from deploy.work import ImageWork, TextPiece
 from tests.unit.deploy.routes.engine_service import EngineService

@@ -1,4 +1,4 @@
-"""A gateway without a cluster, whose engine and decoding run in this process: what the routes answer."""
+"""A service without a cluster, whose engine and decoding run in this process: what the routes answer."""
 
 from __future__ import annotations
 
@@ -27,22 +27,20 @@ from blip2_actor.testing import FakeEngineConfig, fake_caption
 from deploy.calls.remote_captioner import Models
 from deploy.captioner import Captioner
 from deploy.fetching import Fetching
-from deploy.gateway import Gateway
-from deploy.guard.admission import Admission
 from deploy.guard.cost import Cost
 from deploy.http.api import create_api
 from deploy.http.errors import ApiError, of_status
 from deploy.http.images import ImageSource
-from deploy.http.service import ServedModel
-from deploy.reuse.finished_run import FinishedRun
-from deploy.reuse.shared_work import SharedWork
+from deploy.http.served_model import ServedModel
+from deploy.observe.fleet import Fleet
+from deploy.readiness import Readiness
+from deploy.service import Service
 from deploy.settings import Settings
-from deploy.trials.trials import Trials
 
 SIDE_PX = FakeEngineConfig().image_size_px
 
 
-class EngineService(Gateway):
+class EngineService(Service):
     """Decodes in this process, and admits nearly everything; it notes what was admitted."""
 
     def __init__(
@@ -52,23 +50,20 @@ class EngineService(Gateway):
         matching: MatchingConfig | None = None,
         image_policy: FetchPolicy = FetchPolicy(hosts=(), max_bytes=20_000),
     ) -> None:
+        self.captioner = Captioner(engine, options, matching)
+        settings = Settings(options=options, cache_bytes=0)
+        models = Models(self.captioner, {}, settings)  # type: ignore[arg-type]
         info = engine.info()
-        self.first = ServedModel(
+        models.first = ServedModel(
             name=info.model,
             info=info,
             options=options.resolve(info.generation_config),
             matching=None if matching is None else matching.info(),
         )
+        super().__init__(settings, models, Readiness("app", []), Fleet("app", []))
         self.image_policy = image_policy
         self._fetching = Fetching(image_policy)
-        self._shared_work = SharedWork(max_bytes=0)
-        self._finished_run: FinishedRun | None = None
-        self.captioner = Captioner(engine, options, matching)
-        self._models = Models(self.captioner, {}, Settings(options=options))  # type: ignore[arg-type]
-        self._models._served = {info.model: self.first}
-        self._trials = Trials(Settings(), self._models, lambda: False)
         self.api = create_api(self)
-        self._admission = Admission(slots=128, max_in_flight=512, timeout_s=60)
         self.costs: list[Cost] = []
         self.num_in_flight = 0
         self.full: ApiError | None = None
@@ -92,9 +87,9 @@ class EngineService(Gateway):
         async with self.serve(cost):
             yield lambda: None
 
-    async def load(self, image: ImageSource) -> bytes:
+    async def _load(self, source: ImageSource) -> tuple[bytes, str]:
         assert self.num_in_flight, "a request must be admitted before an image is fetched for it"
-        return await super().load(image)
+        return await super()._load(source)
 
     async def decode(self, model: ServedModel, image: bytes) -> DecodedImage:
         assert self.num_in_flight, "a request must be admitted before it is served"

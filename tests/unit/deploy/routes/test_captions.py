@@ -19,7 +19,6 @@ from PIL import Image
 
 from blip2_actor import Calibration, DecodedImage, GenerationOptions
 from blip2_actor.testing import FakeEngineConfig, fake_features, fake_score
-from deploy.gateway import Gateway
 from deploy.guard.admission import Admission
 from deploy.guard.callers import CALLER, Caller
 from deploy.guard.cost import Cost
@@ -27,11 +26,11 @@ from deploy.guard.decoding import DecodingBySize
 from deploy.http.answers import CaptionAnswer
 from deploy.http.answers import fingerprint as fingerprint_of
 from deploy.http.errors import ApiError
-from deploy.http.service import ServedModel
+from deploy.http.served_model import ServedModel
 from deploy.observe.request_record import AccessLog
-from deploy.readiness import Readiness
 from deploy.reuse.made import Made
 from deploy.routes.captions import AT_ONCE, CaptionsBody, _caption_all
+from deploy.service import Service
 from deploy.settings import OnlineImageLimits
 from deploy.work import TextToGenerate
 from tests.unit.deploy.routes.engine_service import (
@@ -138,14 +137,14 @@ def test_a_caption_says_how_sure_it_is_if_it_is_made_as_the_calibrated_ones(serv
         model=plain.info.digest,
         options=asdict(plain.options),
     )
-    service.first = replace(plain, calibration=calibration, min_confidence=0.5)
+    service._models.first = replace(plain, calibration=calibration, min_confidence=0.5)
     answer = post(service, "/v1/caption", image=base64_of(IMAGE)).json()
     assert answer["confidence"] == pytest.approx(0.3)
     assert answer["flags"] == ["abstained"] and answer["caption"] == caption_of(IMAGE)
     for other in ({"prompt": "a"}, {"options": {"num_beams": 3}}):
         answer = post(service, "/v1/caption", image=base64_of(IMAGE), **other).json()
         assert answer["confidence"] is None and answer["flags"] == []
-    service.first = plain
+    service._models.first = plain
 
 
 def test_everything_that_is_asked_of_an_image_costs_one_encode(service: EngineService) -> None:
@@ -364,7 +363,6 @@ def test_the_time_of_a_request_is_that_of_all_its_images() -> None:
     answers = []
     for first in (images[0], None):
         service = SlowService(0.5, first)
-        service._readiness = Readiness("app", [])
         answers.append(post(service, "/v1/captions", images=[base64_of(image) for image in images]))
     lines = [json.loads(line) for line in answers[0].text.splitlines()]
     assert [line["index"] for line in lines] == list(range(len(images)))
@@ -375,7 +373,6 @@ def test_the_time_of_a_request_is_that_of_all_its_images() -> None:
 def test_an_image_whose_line_was_not_sent_in_time_has_one_too() -> None:
     """A client that read slowly got no line for the image that was being sent when the time was over."""
     service = EngineService()
-    service._readiness = Readiness("app", [])
     service._admission = Admission(slots=8, max_in_flight=8, timeout_s=0.5)
     images = [png(seed) for seed in range(3)]
     body = CaptionsBody.model_validate({"images": images}, context={"image_policy": service.image_policy})
@@ -424,7 +421,7 @@ def test_an_accepted_image_without_its_end_is_flagged() -> None:
     async def answers() -> list[tuple[int, object]]:
         service = EngineService()
         service._decoding = DecodingBySize(accepting, 1)
-        service.decode = partial(Gateway.decode, service)  # type: ignore[method-assign]
+        service.decode = partial(Service.decode, service)  # type: ignore[method-assign]
         transport = httpx.ASGITransport(service.api)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             sent = [await client.post("/v1/caption", content=data) for data in (whole, whole[:-200])]

@@ -136,7 +136,7 @@ def test_a_choice_says_how_sure_it_is_as_a_caption_does(service: EngineService) 
     """The client keeps fields that OpenAI does not have."""
 
     def calibrate(asked: EngineService, calibration: Calibration) -> EngineService:
-        asked._models._served = {"demo": replace(asked.first, calibration=calibration)}
+        asked._models.first = replace(asked.first, calibration=calibration)
         return asked
 
     first = service.first
@@ -209,8 +209,7 @@ def test_a_stream_of_sampled_beams_has_the_choices_of_the_completion(bytewise: E
     options = GenerationOptions(max_new_tokens=12, do_sample=True, num_beams=4, temperature=3.0)
     first = bytewise.first
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bytewise, "first", replace(first, options=options))
-        patch.setattr(bytewise._models, "_served", {first.name: bytewise.first})
+        patch.setattr(bytewise._models, "first", replace(first, options=options))
         asked = {"model": first.name, "messages": MESSAGES, "n": 3, "seed": 5}
         made = post(bytewise, "/v1/chat/completions", **asked).json()["choices"]
         chunks = events_of(post(bytewise, "/v1/chat/completions", **asked, stream=True))[:-1]

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from blip2_actor import GenerationOptions, ModelInfo
 from deploy.guard.access import OPEN_PATHS
 from deploy.http.errors import ApiError
-from deploy.http.service import ServedModel
+from deploy.http.served_model import ServedModel
 from tests.unit.deploy.routes.engine_service import EngineService, ask, error_of
 
 
@@ -46,7 +46,7 @@ def test_the_page_uses_routes_that_exist(service: EngineService) -> None:
 
 def test_only_the_demonstration_draws_scenes(service: EngineService) -> None:
     info = ModelInfo(model="some/model", image_size_px=64, dtype="float32", digest="d")
-    service.first = ServedModel(name="some/model", info=info, options=service.first.options)
+    service._models.first = ServedModel(name="some/model", info=info, options=service.first.options)
     assert error_of(ask(service, "GET", "/scene.png"))[0] == 404
     assert ask(service, "GET", "/v1/model").json()["model"] == "some/model"
 
