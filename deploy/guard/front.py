@@ -89,16 +89,13 @@ class Front:
             return _live(scope["method"])
         if (scope["method"], scope["path"]) == ("OPTIONS", "*"):  # which asks about the server as a whole
             return Response(status_code=204, headers={"Allow": "GET, HEAD, POST, OPTIONS"})
-        if scope["path"].endswith(READY_PATHS) and not await self._is_accepting(scope):
-            raise not_ready("this node is starting or draining")
+        if scope["path"].endswith(READY_PATHS):
+            code, _ = await self._ask_serve(scope, HEALTH_PATH)  # whether it has routes and is not drained
+            if code != 200:
+                raise not_ready("this node is starting or draining")
         if _counts(scope) and self._uploads.num_complete >= self._limit.value:
             raise overloaded("the gateways have all the requests that they take", self._limit.retry_after_s)
         return None
-
-    async def _is_accepting(self, scope: Scope) -> bool:
-        """Ask Serve's proxy whether it has routes and is not being drained."""
-        code, _ = await self._ask_serve(scope, HEALTH_PATH)
-        return code == 200
 
     async def _ask_serve(self, scope: Scope, path: str) -> tuple[int, bytes]:
         """Return code and body of what Serve's proxy answers to GET for one of its own paths."""
@@ -133,17 +130,10 @@ class Front:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = for_serve(scope["headers"])
+        given, counts = dict(headers), _counts(scope)
         # Serve and the gateway know no HEAD; the server drops the body of its answer.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        declared_bytes = int(dict(headers).get(b"content-length", b"0"))
-        media = dict(headers).get(b"content-type", b"").partition(b";")[0].strip().lower()
-        body = self._uploads.body_of(
-            _client_of(scope),
-            receive,
-            declared_bytes,
-            is_counted=_counts(scope),
-            is_json=media == b"application/json",
-        )
+        body = Body(self._uploads, _client_of(scope), receive, given, is_counted=counts)
         answer = Answer(send)
         try:
             await self._serve_with({**scope, "headers": headers, "method": method}, body, answer)
@@ -153,17 +143,17 @@ class Front:
             logger.exception("Serve's proxy failed on a request")
         finally:
             body.release()
-        if _counts(scope) and answer.code is not None:
+        if counts and answer.code is not None:
             self._limit.learn(self._uploads.num_complete, answer)
         if not answer.is_started and not body.has_left:
             error = body.refusal or await self._in_place_of(scope, answer.held_back)
             response = self._in_place(scope, error)
-            response.headers["X-Request-ID"] = dict(headers)[REQUEST_ID].decode()
+            response.headers["X-Request-ID"] = given[REQUEST_ID].decode()
             await response(scope, receive, send)
 
     async def _serve_with(self, scope: Scope, body: Body, answer: Answer) -> None:
         """Have Serve answer a request; a small body goes with it."""
-        if body.is_small and b"transfer-encoding" not in dict(scope["headers"]):
+        if body.is_small:
             message = await body()
             if message["type"] != "http.request":
                 return

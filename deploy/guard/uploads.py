@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.types import Message, Receive, Scope
@@ -81,106 +82,61 @@ def take_passed_bodies() -> None:
 
 
 class Uploads:
-    """Counts the bytes of the bodies that are here, and what each client sends or is about to.
-
-    Large bodies leave a quarter to small ones, and one client never has more than half. What it announces
-    counts from the start: else its bodies begin side by side, none of them fits, and it sends all of them
-    again.
-    """
+    """Counts the bytes of the bodies that are here, and what each client sends or is about to."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._num_claimed_of: Counter[str] = Counter()
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        """Bytes that are here."""
+        self.num_claimed_of: Counter[str] = Counter()
+        """Bytes that each client has announced or sent."""
         self.num_complete = 0
-        """Counted requests with a body that is here as a whole, and no answer yet."""
-
-    def body_of(
-        self,
-        client: str,
-        receive: Receive,
-        declared_bytes: int = 0,
-        *,
-        is_counted: bool = True,
-        is_json: bool = False,
-    ) -> Body:
-        """Watch the body that a client sends; `Body.release` gives its bytes back.
-
-        Args:
-            is_counted: whether its request is one of `num_complete`.
-            is_json: whether gateways refuse it beyond `MAX_COMMAS`. Then it is refused here, where most of it
-                has not come yet.
-        """
-        return Body(self, client, receive, declared_bytes, is_counted, is_json)
-
-    def check(self, num_bytes: int, num_bytes_so_far: int = 0) -> None:
-        """Raise ApiError 503 if further bytes of a body do not fit."""
-        is_small = num_bytes_so_far + num_bytes <= SMALL_BYTES
-        limit = self._max_bytes if is_small else self._max_bytes * 3 // 4
-        if self._num_bytes + num_bytes > limit:
-            raise overloaded("too many bytes of other requests are being received", BODY_PAUSE_S)
-
-    def hold(self, num_bytes: int, num_bytes_so_far: int) -> None:
-        """Count further bytes of a body; raises what `check` raises."""
-        self.check(num_bytes, num_bytes_so_far)
-        self._num_bytes += num_bytes
-
-    def claim(self, client: str, num_bytes: int, num_bytes_so_far: int = 0) -> None:
-        """Count further bytes that a client sends or has announced.
-
-        Raises:
-            ApiError: 413 the body alone has more bytes than one client may have, 429 its bodies together.
-        """
-        if num_bytes_so_far + num_bytes > self._max_bytes // 2:
-            message = f"a body must have at most {self._max_bytes // 2} bytes"
-            raise ApiError(413, "too_large", message)
-        is_small = num_bytes_so_far + num_bytes <= SMALL_BYTES
-        if not is_small and self._num_claimed_of[client] + num_bytes > self._max_bytes // 2:
-            message = f"requests of one client may have at most {self._max_bytes // 2} bytes at once"
-            raise ApiError(429, "too_many_bytes", message, retry_after_s=BODY_PAUSE_S)
-        self._num_claimed_of[client] += num_bytes
-
-    def release(self, client: str, num_held: int, num_claimed: int) -> None:
-        self._num_bytes -= num_held
-        self._num_claimed_of[client] -= num_claimed
-        if not self._num_claimed_of[client]:
-            del self._num_claimed_of[client]
+        """Counted requests whose body is here as a whole, and that have no answer yet."""
 
 
 class Body:
-    """ASGI `receive` that returns the whole body; one that breaks a limit ends as if its client had left."""
+    """ASGI `receive` that returns the whole body; one that breaks a limit ends as if its client had left.
+
+    Large bodies leave a quarter of the bytes to small ones, and one client never has more than half. What it
+    announces counts from the start: else its bodies begin side by side, none of them fits, and it sends all
+    of them again.
+    """
 
     def __init__(
         self,
         uploads: Uploads,
         client: str,
         receive: Receive,
-        declared_bytes: int,
-        is_counted: bool,
-        is_json: bool,
+        headers: Mapping[bytes, bytes],
+        *,
+        is_counted: bool = True,
     ) -> None:
+        """Watch the body that a client sends; `release` gives its bytes back.
+
+        Args:
+            headers: of its request.
+            is_counted: whether its request is one of `num_complete`.
+        """
         self.refusal: ApiError | None = None
         """Why the body ended before its end."""
         self.is_complete = False
         """All of it is here."""
         self.has_left = False
         """The client has closed its connection, before or after its end."""
+        self._declared_bytes = int(headers.get(b"content-length", b"0"))
+        self.is_small = self._declared_bytes <= PASSED_BYTES and b"transfer-encoding" not in headers
+        """It is announced to have at most `PASSED_BYTES`."""
+        media = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        self._is_json = media == b"application/json"
         self._uploads = uploads
         self._client = client
         self._receive = receive
         self._num_bytes = 0
         self._num_claimed = 0
-        self._declared_bytes = declared_bytes
         self._is_counted = is_counted
-        self._is_json = is_json
         self._num_commas = 0
         self._again: Message | None = None
         self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
-
-    @property
-    def is_small(self) -> bool:
-        """Whether it is announced to have at most `PASSED_BYTES`."""
-        return self._declared_bytes <= PASSED_BYTES
 
     def give_again(self, message: Message) -> None:
         """Have the next call return a message once more, for a gateway that asks for what was passed."""
@@ -195,7 +151,7 @@ class Body:
         try:
             # What cannot fit is refused before any of it is here.
             self._claim(self._declared_bytes)
-            self._uploads.check(self._declared_bytes)
+            self._require_room(self._declared_bytes)
             async with asyncio.timeout_at(self._late_at_s):
                 return await self._gather()
         except TimeoutError:
@@ -218,16 +174,11 @@ class Body:
             if message["type"] != "http.request":
                 return message
             piece = message.get("body", b"")
-            self._hold(len(piece))
-            self._count_commas(piece)
-            is_last = not message.get("more_body", False)
-            if is_last:
+            self._hold(piece)
+            body += piece
+            if not message.get("more_body", False):
                 self.is_complete = True
                 self._uploads.num_complete += self._is_counted
-            if is_last and not body:
-                return message
-            body += piece
-            if is_last:
                 return {"type": "http.request", "body": bytes(body), "more_body": False}
 
     async def _next(self) -> Message:
@@ -235,23 +186,46 @@ class Body:
         self.has_left = message["type"] == "http.disconnect"
         return message
 
-    def _count_commas(self, piece: bytes) -> None:
-        if self._is_json:
-            self._num_commas += piece.count(b",")
-            if self._num_commas > MAX_COMMAS:
-                raise bad_request(f"body must have at most {MAX_COMMAS} commas")
-
-    def _hold(self, num_bytes: int) -> None:
-        if self._num_bytes + num_bytes > self._num_claimed:  # nothing was announced
-            self._claim(num_bytes)
-        self._uploads.hold(num_bytes, self._num_bytes)
-        self._num_bytes += num_bytes
+    def _hold(self, piece: bytes) -> None:
+        """Count a piece that has come; raise ApiError if it is too much."""
+        if self._num_bytes + len(piece) > self._num_claimed:  # it was not announced
+            self._claim(len(piece))
+        self._require_room(len(piece))
+        self._num_bytes += len(piece)
+        self._uploads.num_bytes += len(piece)
+        # Gateways refuse such JSON too; here, most of it has not come yet.
+        self._num_commas += piece.count(b",") if self._is_json else 0
+        if self._num_commas > MAX_COMMAS:
+            raise bad_request(f"body must have at most {MAX_COMMAS} commas")
 
     def _claim(self, num_bytes: int) -> None:
-        self._uploads.claim(self._client, num_bytes, self._num_claimed)
+        """Count further bytes that the client sends or has announced.
+
+        Raises:
+            ApiError: 413 the body alone has more bytes than one client may have, 429 its bodies together.
+        """
+        of_client, limit = self._uploads.num_claimed_of, self._uploads.max_bytes // 2
+        if self._num_claimed + num_bytes > limit:
+            raise ApiError(413, "too_large", f"a body must have at most {limit} bytes")
+        is_small = self._num_claimed + num_bytes <= SMALL_BYTES
+        if not is_small and of_client[self._client] + num_bytes > limit:
+            message = f"requests of one client may have at most {limit} bytes at once"
+            raise ApiError(429, "too_many_bytes", message, retry_after_s=BODY_PAUSE_S)
+        of_client[self._client] += num_bytes
         self._num_claimed += num_bytes
 
+    def _require_room(self, num_bytes: int) -> None:
+        """Raise ApiError 503 if further bytes do not fit next to those of all bodies."""
+        is_small = self._num_bytes + num_bytes <= SMALL_BYTES
+        limit = self._uploads.max_bytes if is_small else self._uploads.max_bytes * 3 // 4
+        if self._uploads.num_bytes + num_bytes > limit:
+            raise overloaded("too many bytes of other requests are being received", BODY_PAUSE_S)
+
     def release(self) -> None:
-        self._uploads.release(self._client, self._num_bytes, self._num_claimed)
-        self._num_bytes = self._num_claimed = 0
-        self._uploads.num_complete -= self.is_complete and self._is_counted
+        """Give back what it holds, once."""
+        uploads = self._uploads
+        uploads.num_bytes -= self._num_bytes
+        uploads.num_claimed_of[self._client] -= self._num_claimed
+        if not uploads.num_claimed_of[self._client]:
+            del uploads.num_claimed_of[self._client]
+        uploads.num_complete -= self.is_complete and self._is_counted

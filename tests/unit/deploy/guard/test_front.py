@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from deploy.guard import front, uploads
 from deploy.guard.front import Front
-from deploy.guard.uploads import PASSED_BODY, PASSED_BYTES, Uploads
+from deploy.guard.uploads import PASSED_BODY, PASSED_BYTES, Body, Uploads
 from deploy.http.errors import ApiError, full, overloaded, unavailable
 
 
@@ -449,7 +449,7 @@ def test_a_client_that_leaves_in_its_body_is_no_refusal() -> None:
         return messages.pop(0)
 
     async def read() -> None:
-        body = Uploads().body_of("a", leave)
+        body = Body(Uploads(), "a", leave, {})
         assert await body() == {"type": "http.disconnect"}
         assert body.refusal is None and not body.is_complete
 
@@ -508,7 +508,7 @@ def test_a_refused_body_is_freed_with_its_request() -> None:
         return messages.pop()
 
     async def read() -> None:
-        body = held.body_of("a", receive)
+        body = Body(held, "a", receive, {})
         assert (await body())["type"] == "http.disconnect" and body.refusal is not None
         body.release()
 
@@ -539,7 +539,7 @@ def test_a_body_with_more_bytes_than_a_client_may_have_is_413() -> None:
         answer = ask(front, content=body)
         assert error_of(answer) == (413, "too_large") and "retry-after" not in answer.headers
     # What was held has been given back, however the request ended.
-    assert front._uploads._num_bytes == 0 and not front._uploads._num_claimed_of
+    assert front._uploads.num_bytes == 0 and not front._uploads.num_claimed_of
 
 
 def test_what_a_client_announces_counts_before_it_is_here() -> None:
@@ -553,16 +553,19 @@ def test_what_a_client_announces_counts_before_it_is_here() -> None:
             await asyncio.Event().wait()
             raise AssertionError
 
+        def body_of(client: str, num_bytes: int) -> Body:
+            return Body(held, client, receive, {b"content-length": b"%d" % num_bytes})
+
         has_begun = asyncio.Event()
-        first = held.body_of("a", receive, 3 << 20)
+        first = body_of("a", 3 << 20)
         reading = asyncio.create_task(first())
         await has_begun.wait()
-        second = held.body_of("a", receive, 2 << 20)
+        second = body_of("a", 2 << 20)
         assert (await second())["type"] == "http.disconnect"
         assert second.refusal is not None and second.refusal.code == 429
         assert second.refusal.response().headers["retry-after"] == "10"
         # A small body, and one of another client, go on.
-        others = [held.body_of("a", receive, 1 << 20), held.body_of("b", receive, 4 << 20)]
+        others = [body_of("a", 1 << 20), body_of("b", 4 << 20)]
         tasks = [asyncio.create_task(other()) for other in others]
         await asyncio.sleep(0)
         assert not any(task.done() for task in tasks)
@@ -570,14 +573,14 @@ def test_what_a_client_announces_counts_before_it_is_here() -> None:
             task.cancel()
         for body in (first, second, *others):
             body.release()
-        assert not held._num_claimed_of and not held._num_bytes
+        assert not held.num_claimed_of and not held.num_bytes
 
     asyncio.run(begin())
 
 
 def test_large_bodies_leave_room_for_small_ones() -> None:
     held = Uploads(8 << 20)
-    held.hold(6 << 20, 0)
+    held.num_bytes = 6 << 20
     front = small_front(Proxy())
     front._uploads = held
     assert error_of(ask(front, content=bytes(2 << 20))) == (503, "overloaded")
