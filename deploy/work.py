@@ -21,7 +21,6 @@ from blip2_actor import (
     ImageLike,
     Match,
     ModelInfo,
-    Request,
     Result,
     Score,
     Status,
@@ -43,19 +42,6 @@ class TextToGenerate:
     options: GenerationOptions
 
 
-@dataclass(frozen=True)
-class TextOfBatch:
-    """A text of a batch job, for one of the images that came with it."""
-
-    image: int
-    text: TextToGenerate
-
-    def request(self, images: Sequence[ImageLike]) -> Request:
-        """Return the request to the engine, behind all others."""
-        text = self.text
-        return Request(image=images[self.image], prompt=text.prompt, options=text.options, low_priority=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TextToScore:
     """A text whose probability after the image and a prompt is asked."""
@@ -64,24 +50,19 @@ class TextToScore:
     prompt: str | None = None
 
 
-@dataclass(frozen=True)
-class ScoreOfBatch:
-    """A text of a batch job to score, for one of the images that came with it."""
-
-    image: int
-    text: TextToScore
-
-
 BatchOutcome = Result | Score | Features
 """What is made for one position of `BatchWork`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchWork:
-    """What a batch job asks of the images that it sends. Positions go through the three in turn."""
+    """What a batch job asks of the images that it sends, each named by its index.
 
-    texts: tuple[TextOfBatch, ...] = ()
-    scores: tuple[ScoreOfBatch, ...] = ()
+    Positions go through the three in turn.
+    """
+
+    texts: tuple[tuple[int, TextToGenerate], ...] = ()
+    scores: tuple[tuple[int, TextToScore], ...] = ()
     features: tuple[int, ...] = ()
     """Images whose outputs of the vision encoder and the Q-Former are wanted."""
 
@@ -95,8 +76,8 @@ class BatchWork:
         first = len(self.texts)
         for start in range(0, len(self.scores), READ_AT_ONCE):
             scores = self.scores[start : start + READ_AT_ONCE]
-            of_scores = [images[one.image] for one in scores]
-            texts, prompts = [one.text.text for one in scores], [one.text.prompt for one in scores]
+            of_scores = [images[image] for image, _ in scores]
+            texts, prompts = [one.text for _, one in scores], [one.prompt for _, one in scores]
             positions = range(first + start, first + start + len(scores))
             yield positions, partial(engine.score, of_scores, texts, prompts)
         first += len(self.scores)
