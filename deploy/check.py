@@ -8,6 +8,7 @@ the Serve config of the installed package, and the `ray_cluster.yaml` of the wor
 
 from __future__ import annotations
 
+import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from blip2_actor.flags import WRONG_FLAGS, Parser
 from blip2_actor.installation import MissingPackages, require_packages
 from deploy.cluster_files.operator_rules import complaints
-from deploy.cluster_files.placeholders import placeholders
 from deploy.settings import BODY_WITHIN_S, Settings
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ UNKNOWN_FILE = (
     "the file must be a Serve config (with the key applications), a cluster file of `ray up` (with the key "
     "cluster_name), or Kubernetes manifests (each with the key kind)"
 )
+_PLACEHOLDER = re.compile(r"YOUR_[A-Z]+(?:_[A-Z]+)*")
+"""What users replace by values of their own, such as `YOUR_BUCKET`."""
 
 
 def check(path: Path, with_models: bool = False) -> None:
@@ -69,6 +71,18 @@ def check(path: Path, with_models: bool = False) -> None:
     if left:
         holding = ", ".join(f"{key} holds {placeholder}" for placeholder, key in left.items())
         raise ValueError(f"{holding}; write your own values there")
+
+
+def placeholders(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the path of each text in a document that holds a placeholder, with the placeholder."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from placeholders(item, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from placeholders(item, f"{path}[{index}]")
+    elif isinstance(value, str) and (found := _PLACEHOLDER.search(value)):
+        yield path, found.group()
 
 
 def check_manifests(documents: list[dict[str, Any]], with_models: bool = False) -> None:

@@ -257,17 +257,17 @@ class ServeSettings(Settings):
                 raise ValueError(f"{name} must be from 1 to 65535, got {port}")
         if self.metrics_port == self.port:
             raise ValueError(f"metrics_port must be another port than port, got {self.port} for both")
-        if not re.fullmatch(_HOST, self.host) and not _is_address(self.host):
+        if not re.fullmatch(_HOST, self.host) and not is_address(self.host):
             raise ValueError(f"host must be a name or address without brackets and port, got {self.host!r}")
         self.require_keys(self.host)
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach what listens on a host."""
-    return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
+    return host == "localhost" or (is_address(host) and ip_address(host).is_loopback)
 
 
-def _is_address(host: str) -> bool:
+def is_address(host: str) -> bool:
     try:
         ip_address(host)
     except ValueError:

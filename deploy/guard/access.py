@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import replace
-from ipaddress import ip_address
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
@@ -19,6 +18,7 @@ from deploy.guard.callers import CALLER, Caller
 from deploy.guard.keys import KeyFile
 from deploy.http.errors import ApiError
 from deploy.observe.request_record import RECORD
+from deploy.settings import is_address
 
 OPEN_PATHS = ("/livez", "/readyz", "/startupz", "/healthz", "/", "/docs", "/openapi.json")
 """Paths that need no key to be read: probes, the page, and the description of the routes."""
@@ -88,7 +88,7 @@ class Access:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
         if not name or "*" in self._allowed_hosts or name.lower() in self._allowed_hosts:
             return
-        if name.lower() != "localhost" and not _is_address(name):
+        if name.lower() != "localhost" and not is_address(name.strip("[]")):
             message = f"Host must be an address, localhost or one of allowed_hosts, got {name[:80]!r}"
             raise ApiError(400, "wrong_host", message)
 
@@ -134,11 +134,3 @@ def _sharing_with(origin: str, send: Send) -> Send:
         await send(message)
 
     return share
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True

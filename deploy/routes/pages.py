@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import re
+import secrets
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 
 from fastapi import APIRouter
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from blip2_actor.demo import SceneSampler, draw
 from deploy.http.answers import Answer
 from deploy.http.openapi import errors
-from deploy.http.scene import draw_scene_png
 from deploy.service import Service
 
 _PAGE_POLICY = (
@@ -23,6 +26,8 @@ _PAGE_POLICY = (
     "img-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """What a page may do: run its own script and style, known by their hashes, and ask this service."""
+
+SCENE_SIDE_PX = 320
 
 
 class ModelAnswer(Answer):
@@ -102,6 +107,14 @@ def pages_router(service: Service) -> APIRouter:
         return Response(png, media_type="image/png", headers={"X-Caption": caption})
 
     return router
+
+
+def draw_scene_png() -> tuple[bytes, str]:
+    """Draw a scene that is not in the training set; return it as PNG, with its true caption."""
+    scenes = SceneSampler("held_out", secrets.randbits(32)).sample(1)
+    png = io.BytesIO()
+    Image.fromarray(draw(scenes, SCENE_SIDE_PX)[0]).save(png, "PNG")
+    return png.getvalue(), str(scenes.captions[0])
 
 
 def _page(name: str) -> HTMLResponse:

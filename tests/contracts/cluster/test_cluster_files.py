@@ -12,8 +12,7 @@ import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from deploy.app import ServeArgs, build
-from deploy.check import check, check_cluster, check_serve_config, main
-from deploy.cluster_files.placeholders import placeholders
+from deploy.check import check, check_cluster, check_serve_config, main, placeholders
 from deploy.settings import Settings
 
 ROOT = Path(__file__).parents[3]

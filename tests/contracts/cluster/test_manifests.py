@@ -18,8 +18,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from deploy.app import ServeArgs
-from deploy.check import check_manifests
-from deploy.cluster_files.placeholders import placeholders
+from deploy.check import check_manifests, placeholders
 from pipeline.placement.node_types import node_types_of
 from tests.contracts.cluster.kuberay_schema import KINDS, load_schemas
 

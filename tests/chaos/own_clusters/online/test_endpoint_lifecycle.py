@@ -17,7 +17,7 @@ from subprocess import Popen
 import httpx
 import pytest
 
-from deploy.http.scene import draw_scene_png
+from deploy.routes.pages import draw_scene_png
 from tests.integration.online.endpoint import wait_for
 from tests.integration.online.endpoint_process import serving
 from tests.ports import free_port

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from deploy.check import placeholders
 from deploy.cluster_files.operator_rules import complaints
-from deploy.cluster_files.placeholders import placeholders
 
 CLUSTER = {
     "rayVersion": "2.60.0",
