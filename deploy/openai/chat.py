@@ -18,12 +18,11 @@ from deploy.guard.cost import cost_of
 from deploy.http.answers import Answer, confidence_of, fingerprint
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, Emit, EventStream, event
-from deploy.http.images import ImageSource
-from deploy.http.lanes import in_lane
+from deploy.http.images import ImageSource, read_texts
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.served_model import ServedModel
-from deploy.openai.chat_request import ChatBody
+from deploy.openai.chat_request import ChatBody, content_of
 from deploy.service import Service
 from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
 
@@ -131,33 +130,29 @@ def chat_router(service: Service) -> APIRouter:
 @asynccontextmanager
 async def _chat_of(service: Service, body: ChatBody) -> AsyncIterator[_Chat]:
     async with service.model(body.model) as model:
-        text = body.text(model)
-        image = await in_lane(body.num_chars, lambda: body.image(service.image_policy))
-        yield _Chat(service, model, text, image, bool(body.logprobs))
+        prompt, url = content_of(body.messages)
+        text = TextToGenerate(prompt=prompt, options=body.generation_options(model.options))
+        [image] = await read_texts("image_url", [url], service.image_policy)
+        yield _Chat(service, model, body, text, image)
 
 
 async def _stream(service: Service, body: ChatBody, emit: Emit) -> None:
-    wants_usage = body.stream_options is not None and body.stream_options.include_usage
     async with _chat_of(service, body) as chat:
-        await chat.stream(emit, wants_usage)
+        await chat.stream(emit)
 
 
 class _Chat:
     """One completion under way."""
 
     def __init__(
-        self,
-        service: Service,
-        model: ServedModel,
-        text: TextToGenerate,
-        image: ImageSource,
-        wants_logprobs: bool,
+        self, service: Service, model: ServedModel, body: ChatBody, text: TextToGenerate, image: ImageSource
     ) -> None:
         self._service = service
         self._model = model
         self._text = text
         self._image = image
-        self._wants_logprobs = wants_logprobs
+        self._wants_logprobs = bool(body.logprobs)
+        self._wants_usage = body.stream_options is not None and body.stream_options.include_usage
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -189,18 +184,18 @@ class _Chat:
         head = self._head | self._identity(outputs)
         return head | {"object": "chat.completion", "choices": choices, "usage": usage}
 
-    async def stream(self, emit: Emit, wants_usage: bool) -> None:
+    async def stream(self, emit: Emit) -> None:
         """Emit each `ChatCompletionChunk`."""
         service, work = self._service, self._work(*_one_by_one(self._text))
         sent: dict[int, int] = {}
 
         async def emit_text(index: int, text: str) -> None:
             if index not in sent:
-                await emit(self._chunk([_delta(index, {"role": "assistant", "content": ""})], wants_usage))
+                await emit(self._chunk([_delta(index, {"role": "assistant", "content": ""})]))
                 sent[index] = 0
             if text:
                 sent[index] += len(text)
-                await emit(self._chunk([_delta(index, {"content": text})], wants_usage))
+                await emit(self._chunk([_delta(index, {"content": text})]))
 
         items = service.stream(self._model, self._image, work)
         async with service.admit(cost_of(work)), aclosing(items):
@@ -213,9 +208,9 @@ class _Chat:
             await emit_text(index, completion.text[sent.get(index, 0) :])
             end = _delta(index, {}, completion.finish_reason, logprobs)
             end["confidence"] = self._confidence(index, completion, outputs)
-            await emit(self._chunk([end], wants_usage))
-        if wants_usage:
-            await emit(self._chunk([], wants_usage, self._usage(outputs)))
+            await emit(self._chunk([end]))
+        if self._wants_usage:
+            await emit(self._chunk([], self._usage(outputs)))
         await emit(b"data: [DONE]\n\n")
 
     def _work(self, *texts: TextToGenerate) -> ImageWork:
@@ -237,9 +232,9 @@ class _Chat:
         model = self._model.made_by(outputs.model)
         return confidence_of(model, self._text, completion.logprob, len(completion.token_ids))
 
-    def _chunk(self, choices: list[dict[str, Any]], wants_usage: bool, usage: Any = None) -> bytes:
+    def _chunk(self, choices: list[dict[str, Any]], usage: Any = None) -> bytes:
         chunk = self._head | {"object": "chat.completion.chunk", "choices": choices}
-        return event(chunk | {"usage": usage} if wants_usage else chunk)
+        return event(chunk | {"usage": usage} if self._wants_usage else chunk)
 
     def _usage(self, outputs: ImageOutputs) -> dict[str, int]:
         prompt = self._model.info.num_queries + outputs.texts[0].num_prompt_tokens

@@ -12,13 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from blip2_actor import FetchPolicy, GenerationOptions
+from blip2_actor import GenerationOptions
 from deploy.http.errors import bad_request
-from deploy.http.images import ImageSource, read_text
 from deploy.http.options import MAX_OPTIONS, parse_options
-from deploy.http.served_model import ServedModel
 from deploy.http.wishes import MAX_TEXT_CHARS, Body, Text
-from deploy.work import TextToGenerate
 
 NO_EFFECT = (
     "user",
@@ -141,22 +138,8 @@ class ChatBody(BaseModel):
                 "log-probabilities"
             )
 
-    @property
-    def num_chars(self) -> int:
-        """Length of the image as it is written."""
-        return len(content_of(self.messages)[1])
-
-    def text(self, model: ServedModel) -> TextToGenerate:
-        """Return the prompt, and how its answer is generated."""
-        prompt, _ = content_of(self.messages)
-        return TextToGenerate(prompt=prompt, options=self._options(model.options))
-
-    def image(self, policy: FetchPolicy) -> ImageSource:
-        """Return the one image; raise ApiError 400 or 413."""
-        _, url = content_of(self.messages)
-        return read_text("image_url", url, policy)
-
-    def _options(self, defaults: GenerationOptions) -> GenerationOptions:
+    def generation_options(self, defaults: GenerationOptions) -> GenerationOptions:
+        """Return how the answer is generated; raise ApiError 400 if it cannot be."""
         max_tokens = self.max_completion_tokens or self.max_tokens
         if self.max_tokens and self.max_tokens != max_tokens:
             raise bad_request("max_tokens must equal max_completion_tokens, or be left out")

@@ -16,11 +16,9 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from blip2_actor import FetchPolicy
 from deploy.http.answers import Answer, vector_of
 from deploy.http.errors import bad_request
-from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageSource, read_text
-from deploy.http.lanes import in_lane
+from deploy.http.images import MAX_BODIES, MAX_IMAGES, read_texts
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.wishes import Body
@@ -42,22 +40,15 @@ class EmbeddingsBody(Body):
     user: str | None = None
     """Accepted, without effect."""
 
-    @property
-    def num_chars(self) -> int:
-        """Length of the images as they are written."""
-        if self.messages is not None:
-            return len(content_of(self.messages)[1])
-        return sum(map(len, [self.input] if isinstance(self.input, str) else self.input or []))
-
-    def images(self, policy: FetchPolicy) -> list[ImageSource]:
-        """Return the images; raise ApiError 400 or 413."""
+    def urls(self) -> tuple[str, list[str]]:
+        """Return the field with the images, and each as it is written; raise ApiError 400 for other texts."""
         if (self.input is None) == (self.messages is None):
             raise bad_request("input or messages must be given, one of them")
         if self.messages is not None:
             text, url = content_of(self.messages)
             if text is not None:
                 raise bad_request("messages must contain an image alone; BLIP-2 embeds images without a text")
-            return [read_text("image_url", url, policy)]
+            return "image_url", [url]
         urls = [self.input] if isinstance(self.input, str) else self.input or []
         for url in urls:
             if not re.match(r"(data|https?):", url, re.IGNORECASE):
@@ -65,7 +56,7 @@ class EmbeddingsBody(Body):
                     "input must be images as data URIs or URLs: BLIP-2 embeds no texts here; a retrieval "
                     "model does, with /v1/embed"
                 )
-        return [read_text("input", url, policy) for url in urls]
+        return "input", urls
 
 
 class OneEmbedding(Answer):
@@ -96,7 +87,8 @@ def openai_embeddings_router(service: Service) -> APIRouter:
         """Embed images with the Q-Former."""
         body = await read_body(request, EmbeddingsBody, service.image_policy, MAX_BODIES)
         async with service.model(body.model) as model:
-            images = await in_lane(body.num_chars, lambda: body.images(service.image_policy))
+            name, urls = body.urls()
+            images = await read_texts(name, urls, service.image_policy)
             found = await service.make_each(model, images, ImageWork(features=True))
         vectors = [vector_of("qformer", made.outputs.features, None) for made in found]
         num_tokens = model.info.num_queries * len(images)

@@ -268,16 +268,16 @@ def test_tokens_after_a_stop_text_have_no_place_in_the_log_probabilities(bytewis
 )
 def test_fields_become_options(service: EngineService, fields: dict, expected: GenerationOptions) -> None:
     body = ChatBody(model="demo", messages=MESSAGES, **fields)
-    assert body._options(GenerationOptions().resolve()) == expected.resolve()
+    assert body.generation_options(GenerationOptions().resolve()) == expected.resolve()
 
 
 def test_samples_without_a_seed_differ_and_greedy_leaves_beams(service: EngineService) -> None:
     body = ChatBody(model="demo", messages=MESSAGES, temperature=1)
     defaults = GenerationOptions().resolve()
-    assert body._options(defaults).seed != body._options(defaults).seed
+    assert body.generation_options(defaults).seed != body.generation_options(defaults).seed
     greedy = ChatBody(model="demo", messages=MESSAGES, temperature=0)
     beams = GenerationOptions(num_beams=4, length_penalty=2.0).resolve()
-    assert greedy._options(beams) == defaults
+    assert greedy.generation_options(beams) == defaults
 
 
 LONG_TEXT = {"type": "text", "text": "x" * 8192}
