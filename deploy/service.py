@@ -92,8 +92,7 @@ class Service:
         model = self.first if name is None else self._models.find(name)
         if name is None and may_be_on_trial:
             model = self._trials.choose(self.first)
-        if (record := RECORD.get()) is not None:
-            record.model = name if model is None else model.name
+        RECORD.get().model = name if model is None else model.name
         if model is not None:
             yield model
             return
@@ -267,5 +266,5 @@ class Service:
 
 
 def _record(cost: Cost) -> None:
-    if (record := RECORD.get()) is not None:
-        record.slots, record.steps = cost.slots, cost.steps
+    record = RECORD.get()
+    record.slots, record.steps = cost.slots, cost.steps

@@ -124,12 +124,10 @@ class RemoteCaptioner:
         self._handle = handle
 
     async def info(self) -> ModelInfo:
-        info: ModelInfo = await self._handle.info.remote()
-        return info
+        return await self._handle.info.remote()
 
     async def matching_info(self) -> ModelInfo | None:
-        info: ModelInfo | None = await self._handle.matching_info.remote()
-        return info
+        return await self._handle.matching_info.remote()
 
     async def run(self, pixels: np.ndarray, work: ImageWork) -> ImageOutputs:
         """As `Captioner.run`.
@@ -137,13 +135,11 @@ class RemoteCaptioner:
         Raises:
             ApiError: 503; no engine can take the request.
         """
-        outputs: ImageOutputs = await self._answer("run", pixels, work)
-        return outputs
+        return await self._answer("run", pixels, work)
 
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
         """As `Captioner.embed_texts`; raises what `run` raises."""
-        embeddings: list[Embedding] = await self._answer("embed_texts", texts)
-        return embeddings
+        return await self._answer("embed_texts", texts)
 
     def stream(self, pixels: np.ndarray, work: ImageWork) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
         """As `Captioner.stream`; raises what `run` raises, at the start or later."""

@@ -117,8 +117,7 @@ class Access:
                 "Authorization must be Bearer and a valid key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        if (record := RECORD.get()) is not None:
-            record.key = caller.name
+        RECORD.get().key = caller.name
         return replace(caller, max_in_flight=caller.max_in_flight or self._max_in_flight)
 
 

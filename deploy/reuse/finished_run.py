@@ -153,8 +153,7 @@ class FinishedRun:
         return None
 
     def _run_of(self, path: str) -> bytes | None:
-        settings: bytes | None = (self._open(path).schema_arrow.metadata or {}).get(RUN_KEY)
-        return settings
+        return (self._open(path).schema_arrow.metadata or {}).get(RUN_KEY)
 
     def _row(self, file: int, row: int) -> dict[str, Any]:
         starts = self._group_starts[file]

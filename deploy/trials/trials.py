@@ -47,21 +47,19 @@ class Trials:
         """Return the model that answers a request which names none; the first one until the other runs."""
         if self._ab_test is None:
             return first
-        if (record := RECORD.get()) is not None:
-            record.is_in_ab_test = True
-        if not self._ab_test.has(_request()):
+        RECORD.get().is_in_ab_test = True
+        if not self._ab_test.has(RECORD.get().request_id):
             return first
         return self._models.known(self._ab_test.model) or first
 
     def record_answer(self, model: ServedModel, work: ImageWork, made: Made) -> None:
         """Record what one of the two models of an A/B test has answered, unless the request has named it."""
-        record = RECORD.get()
-        if self.recorder is None or self._ab_test is None or record is None or not record.is_in_ab_test:
+        if self.recorder is None or self._ab_test is None or not RECORD.get().is_in_ab_test:
             return
         side: Side = "B" if model.name == self._ab_test.model else "A"
         (text, *_), (result, *_) = work.texts, made.outputs.texts
         name = model.made_by(made.outputs.model).name
-        self.recorder.add("ab_test", side, _request(), name, text.prompt, result, made)
+        self.recorder.add("ab_test", side, RECORD.get().request_id, name, text.prompt, result, made)
 
     def copy(self, first: ServedModel, pixels: np.ndarray, work: ImageWork, made: Made) -> None:
         """Have the shadow model make the texts that the first model has made; neither waits nor raises.
@@ -69,7 +67,7 @@ class Trials:
         Args:
             pixels: uint8[S, S, 3].
         """
-        if self._shadow is None or not work.texts or not self._shadow.has(_request()):
+        if self._shadow is None or not work.texts or not self._shadow.has(RECORD.get().request_id):
             return
         if len(self._copies) >= MAX_COPIES or self._is_busy():
             SHADOW_REQUESTS.inc(1, {"result": "dropped"})
@@ -91,7 +89,7 @@ class Trials:
             return
         SHADOW_REQUESTS.inc(1, {"result": "made"})
         if self.recorder is not None:
-            request, prompt = _request(), work.texts[0].prompt
+            request, prompt = RECORD.get().request_id, work.texts[0].prompt
             by_first = first.made_by(made.outputs.model).name
             self.recorder.add("shadow", "A", request, by_first, prompt, made.outputs.texts[0], made)
             self.recorder.add("shadow", "B", request, name, prompt, result, replace(made, num_tokens=None))
@@ -115,9 +113,3 @@ class Trials:
         """Write what is recorded, and leave the copies under way."""
         if self.recorder is not None:
             self.recorder.close()
-
-
-def _request() -> str:
-    """Return the id of the request that is being served."""
-    record = RECORD.get()
-    return "" if record is None else record.request_id
