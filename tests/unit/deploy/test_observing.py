@@ -148,22 +148,6 @@ def test_the_steps_of_an_engine_are_observed(seen: Seen) -> None:
     metrics.show_engine(ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d"), EngineStats())
 
 
-class Fleet:
-    """Stands for all replicas; the test of the running endpoint has real ones."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    async def set_draining(self, is_draining: bool) -> None:
-        self.calls.append(is_draining)
-
-    async def set_log_level(self, level: str) -> None:
-        self.calls.append(level)
-
-    async def stats(self) -> dict[str, list[dict[str, Any]]]:
-        return {"gateways": [{"num_in_flight": 3}], "engines": [{"num_tokens": 5}]}
-
-
 class Replicas:
     """Like a handle of Serve that knows of no replica at first, or never."""
 
@@ -205,7 +189,6 @@ def test_a_replica_that_dies_does_not_fail_what_reaches_the_others(monkeypatch: 
 
 def test_admin_routes_are_for_admin_keys_alone(keys_file: Path, tmp_path: Path) -> None:
     service = EngineService()
-    service.fleet = replicas = Fleet()  # type: ignore[assignment]
     admins = KeyFile(str(key_file(tmp_path / "admins.txt", "op", OPERATOR)))
     routes = service.api
 
@@ -218,10 +201,10 @@ def test_admin_routes_are_for_admin_keys_alone(keys_file: Path, tmp_path: Path) 
     for path in ("/admin/drain", "/admin/resume", "/admin/log-level", "/admin/anything"):
         assert error_of(call("POST", path, KEY))[:2] == (401, "wrong_key")
     assert error_of(call("POST", "/v1/caption", OPERATOR, content=png()))[:2] == (401, "wrong_key")
-    assert not replicas.calls
+    assert not service.replicas.calls
     assert call("POST", "/admin/drain", OPERATOR).json() == {"status": "draining"}
     assert call("POST", "/admin/resume", OPERATOR).json() == {"status": "serving"}
     assert call("POST", "/admin/log-level", OPERATOR, json={"level": "debug"}).json() == {"level": "debug"}
     assert error_of(call("POST", "/admin/log-level", OPERATOR, json={"level": "all"}))[0] == 400
-    assert replicas.calls == [True, False, "debug"]
+    assert service.replicas.calls == [True, False, "debug"]
     assert call("GET", "/admin/stats", OPERATOR).json()["engines"] == [{"num_tokens": 5}]

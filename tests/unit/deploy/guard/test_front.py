@@ -369,16 +369,21 @@ def test_a_small_body_goes_with_its_request() -> None:
     assert [scope.get(PASSED_BODY) for scope in proxy.scopes] == [small, None, None, b""]
 
 
-@pytest.mark.parametrize("is_passed", [True, False])
-def test_the_gateway_asks_the_proxy_only_for_a_body_that_was_not_passed(
-    monkeypatch: pytest.MonkeyPatch, is_passed: bool
-) -> None:
+@pytest.fixture
+def gateway_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process take bodies as that of a gateway does, until the end of the test."""
     monkeypatch.setattr(replica, "ASGIReceiveProxy", replica.ASGIReceiveProxy)
     monkeypatch.setattr(
         StreamingHTTPRequest, "receive_asgi_messages", StreamingHTTPRequest.receive_asgi_messages
     )
     uploads.take_passed_bodies()
     uploads.take_passed_bodies()  # of another gateway in this process
+
+
+@pytest.mark.parametrize("is_passed", [True, False])
+def test_the_gateway_asks_the_proxy_only_for_a_body_that_was_not_passed(
+    gateway_process: None, is_passed: bool
+) -> None:
     num_asked = 0
 
     async def ask_proxy(_: object) -> bytes:
@@ -399,7 +404,9 @@ def test_the_gateway_asks_the_proxy_only_for_a_body_that_was_not_passed(
     assert num_asked == (0 if is_passed else 1)
 
 
-def test_the_gateway_looks_up_the_proxy_only_to_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gateway_looks_up_the_proxy_only_to_ask_it(
+    gateway_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looked_up: list[str] = []
 
     class Method:
@@ -411,11 +418,6 @@ def test_the_gateway_looks_up_the_proxy_only_to_ask_it(monkeypatch: pytest.Monke
         return SimpleNamespace(receive_asgi_messages=Method())
 
     monkeypatch.setattr(ray, "get_actor", get_actor)
-    monkeypatch.setattr(replica, "ASGIReceiveProxy", replica.ASGIReceiveProxy)
-    monkeypatch.setattr(
-        StreamingHTTPRequest, "receive_asgi_messages", StreamingHTTPRequest.receive_asgi_messages
-    )
-    uploads.take_passed_bodies()
     request = StreamingHTTPRequest({"type": "http"}, proxy_actor_name="proxy")
     receive = request.receive_asgi_messages
     assert not looked_up

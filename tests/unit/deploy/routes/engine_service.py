@@ -32,12 +32,27 @@ from deploy.http.api import create_api
 from deploy.http.errors import ApiError, of_status
 from deploy.http.images import ImageSource
 from deploy.http.served_model import ServedModel
-from deploy.observe.fleet import Fleet
 from deploy.readiness import Readiness
 from deploy.service import Service
 from deploy.settings import Settings
 
 SIDE_PX = FakeEngineConfig().image_size_px
+
+
+class Replicas:
+    """Stands for all replicas; the test of the running endpoint has real ones."""
+
+    def __init__(self) -> None:
+        self.calls: list[bool | str] = []
+
+    async def set_draining(self, is_draining: bool) -> None:
+        self.calls.append(is_draining)
+
+    async def set_log_level(self, level: str) -> None:
+        self.calls.append(level)
+
+    async def stats(self) -> dict[str, list[dict[str, Any]]]:
+        return {"gateways": [{"num_in_flight": 3}], "engines": [{"num_tokens": 5}]}
 
 
 class EngineService(Service):
@@ -60,7 +75,8 @@ class EngineService(Service):
             options=options.resolve(info.generation_config),
             matching=None if matching is None else matching.info(),
         )
-        super().__init__(settings, models, Readiness("app", []), Fleet("app", []))
+        self.replicas = Replicas()
+        super().__init__(settings, models, Readiness("app", []), self.replicas)  # type: ignore[arg-type]
         self.image_policy = image_policy
         self._fetching = Fetching(image_policy)
         self.api = create_api(self)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from typing import Any
 
 import httpx
 import pytest
@@ -26,7 +25,6 @@ from schemathesis.specs.openapi.checks import (
 
 from blip2_actor import FetchPolicy
 from deploy.http.api import create_api
-from deploy.observe.logs import LogLevel
 from tests.unit.deploy.routes.engine_service import EngineService, base64_of, data_uri, png
 
 pytestmark = pytest.mark.slow
@@ -42,20 +40,8 @@ CHECKS = [
 ]
 
 
-class Replicas:
-    """What an operator asks of all replicas, without any."""
-
-    async def set_draining(self, is_draining: bool) -> None: ...
-
-    async def set_log_level(self, level: LogLevel) -> None: ...
-
-    async def stats(self) -> dict[str, list[dict[str, Any]]]:
-        return {"gateways": [{"num_in_flight": 0}], "engines": []}
-
-
 # A body of megabytes must be refused for what is wrong in it: Schemathesis does not take 413 for a refusal.
 SERVICE = EngineService(image_policy=FetchPolicy(hosts=(), max_bytes=16 << 20))
-SERVICE.fleet = Replicas()  # type: ignore[assignment]
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_api(SERVICE))
 
 NAMES = ["image", "prompt", "options", "\ud800", "\udc00x", "\0", "é", "a" * 10_000, "", "__proto__"]

@@ -90,20 +90,22 @@ def test_models_share_no_answers(service: EngineService, other: Other) -> None:
     assert service.captioner.stats().num_requests == other.stats().num_requests == 1
 
 
-@pytest.mark.parametrize(
-    ("path", "fields"),
-    [
-        ("/v1/caption", {"image": base64_of(IMAGE)}),
-        ("/v1/captions", {"images": [base64_of(IMAGE)]}),
-        ("/v1/score", {"image": base64_of(IMAGE), "texts": ["a"]}),
-        ("/v1/match", {"image": base64_of(IMAGE), "texts": ["a"]}),
-        ("/v1/rerank", {"query": "a", "documents": [{"image": base64_of(IMAGE)}]}),
-        ("/v1/embed", {"image": base64_of(IMAGE)}),
-        ("/v1/chat/completions", CHAT),
-        ("/v1/embeddings", {"input": data_uri(IMAGE)}),
-        ("/", {"inputs": base64_of(IMAGE)}),
-    ],
-)
+NEEDS_NO_RETRIEVAL: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/caption", {"image": base64_of(IMAGE)}),
+    ("/v1/caption", {"image": base64_of(IMAGE), "stream": True}),
+    ("/v1/captions", {"images": [base64_of(IMAGE)] * 3}),
+    ("/v1/score", {"image": base64_of(IMAGE), "texts": ["a"]}),
+    ("/v1/rerank", {"query": "a", "documents": [{"image": base64_of(IMAGE)}]}),
+    ("/v1/embed", {"image": base64_of(IMAGE)}),
+    ("/v1/chat/completions", CHAT),
+    ("/v1/chat/completions", CHAT | {"stream": True}),
+    ("/v1/embeddings", {"input": data_uri(IMAGE)}),
+    ("/", {"inputs": base64_of(IMAGE)}),
+]
+MATCH = ("/v1/match", {"image": base64_of(IMAGE), "texts": ["a"]})
+
+
+@pytest.mark.parametrize(("path", "fields"), [*NEEDS_NO_RETRIEVAL, MATCH])
 def test_an_unknown_model_is_404_in_the_shape_of_openai(
     service: EngineService, path: str, fields: dict[str, Any]
 ) -> None:
@@ -124,21 +126,7 @@ def test_a_model_whose_engines_do_not_run_is_503_and_asked_again(
     assert post(service, "/v1/caption", image=base64_of(IMAGE), model="other").status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("path", "fields"),
-    [
-        ("/v1/caption", {"image": base64_of(IMAGE)}),
-        ("/v1/caption", {"image": base64_of(IMAGE), "stream": True}),
-        ("/v1/captions", {"images": [base64_of(IMAGE)] * 3}),
-        ("/v1/score", {"image": base64_of(IMAGE), "texts": ["a"]}),
-        ("/v1/rerank", {"query": "a", "documents": [{"image": base64_of(IMAGE)}]}),
-        ("/v1/embed", {"image": base64_of(IMAGE)}),
-        ("/v1/chat/completions", CHAT),
-        ("/v1/chat/completions", CHAT | {"stream": True}),
-        ("/v1/embeddings", {"input": data_uri(IMAGE)}),
-        ("/", {"inputs": base64_of(IMAGE)}),
-    ],
-)
+@pytest.mark.parametrize(("path", "fields"), NEEDS_NO_RETRIEVAL)
 def test_the_request_that_starts_a_model_is_admitted_once(
     service: EngineService, path: str, fields: dict[str, Any]
 ) -> None:
