@@ -10,11 +10,9 @@ import asyncio
 import json
 import logging
 import time
-from bisect import bisect_right
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -76,7 +74,8 @@ class FinishedRun:
         self._store = store
         self._paths = sorted(info.path for info in found if _is_output(info))
         self._digests, self._places = np.zeros(0, np.uint64), np.zeros((0, 2), np.uint32)
-        self._group_starts: list[list[int]] = []
+        self._groups: list[tuple[str, int]] = []
+        """The row groups of all files, each by its file and its number there."""
         self._row_group = lru_cache(KEPT_ROW_GROUPS)(self._read_row_group)
         self._threads = ThreadPoolExecutor(NUM_THREADS, "finished-run")
         self._logged_at_s = -LOG_EVERY_S
@@ -96,18 +95,19 @@ class FinishedRun:
             ValueError: a file is of another run.
             OSError: a file cannot be read.
         """
-        digests, places = [], []
-        for number, path in enumerate(self._paths):
+        digests, places = [self._digests], [self._places]
+        for path in self._paths:
             if self._run_of(path) != self._run:
                 raise ValueError(f"cache_from must hold one run, got another in {path}")
             file = self._open(path)
-            sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
-            self._group_starts.append([0, *accumulate(sizes)])
-            table = file.read(["sha256", "status"])
-            rows = np.flatnonzero([status == "ok" for status in table["status"].to_pylist()])
-            starts = b"".join((digest or bytes(8))[:8] for digest in table["sha256"].to_pylist())
-            digests.append(np.frombuffer(starts, ">u8")[rows].astype(np.uint64))
-            places.append(np.stack([np.full(len(rows), number), rows], axis=1).astype(np.uint32))
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, ["sha256", "status"])
+                rows = np.flatnonzero([status == "ok" for status in table["status"].to_pylist()])
+                starts = b"".join((digest or bytes(8))[:8] for digest in table["sha256"].to_pylist())
+                digests.append(np.frombuffer(starts, ">u8")[rows].astype(np.uint64))
+                number = np.full(len(rows), len(self._groups))
+                places.append(np.stack([number, rows], axis=1).astype(np.uint32))
+                self._groups.append((path, group))
         order = np.argsort(np.concatenate(digests), kind="stable")
         self._digests, self._places = np.concatenate(digests)[order], np.concatenate(places)[order]
 
@@ -137,7 +137,7 @@ class FinishedRun:
         return found
 
     def _places_of(self, sha256: str, work: ImageWork) -> np.ndarray:
-        """Return file and row of what may be the caption of an image, as uint32[N, 2], from memory."""
+        """Return row group and row of what may be the caption of an image, as uint32[N, 2], from memory."""
         if work != self.work:
             return self._places[:0]
         start = np.uint64(int(sha256[:16], 16))
@@ -146,8 +146,8 @@ class FinishedRun:
 
     def _read(self, sha256: str, places: np.ndarray) -> Made | None:
         digest = bytes.fromhex(sha256)
-        for file, row in places:
-            columns = self._row(int(file), int(row))
+        for number, row in places.tolist():
+            [columns] = self._row_group(number).slice(row, 1).to_pylist()
             if columns["sha256"] == digest:
                 return _made_of(sha256, columns)
         return None
@@ -155,14 +155,9 @@ class FinishedRun:
     def _run_of(self, path: str) -> bytes | None:
         return (self._open(path).schema_arrow.metadata or {}).get(RUN_KEY)
 
-    def _row(self, file: int, row: int) -> dict[str, Any]:
-        starts = self._group_starts[file]
-        group = bisect_right(starts, row) - 1
-        [columns] = self._row_group(file, group).slice(row - starts[group], 1).to_pylist()
-        return dict(columns)
-
-    def _read_row_group(self, file: int, group: int) -> pa.Table:
-        return self._open(self._paths[file]).read_row_group(group, _COLUMNS)
+    def _read_row_group(self, number: int) -> pa.Table:
+        path, group = self._groups[number]
+        return self._open(path).read_row_group(group, _COLUMNS)
 
     def _open(self, path: str) -> pq.ParquetFile:
         return pq.ParquetFile(path, filesystem=self._store)
