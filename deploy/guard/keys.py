@@ -27,8 +27,8 @@ READ_AGAIN_AFTER_S = 1.0
 BATCH = "batch"
 """Word at the end of a line: the key may send batch work."""
 
-_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = r"[A-Za-z0-9._@-]{1,64}"
+_LINE = re.compile(rf"({_NAME}) ([0-9a-f]{{64}})(?: (0*[1-9][0-9]*))?(?: ({BATCH}))?")
 
 logger = logging.getLogger("ray.serve")
 
@@ -83,22 +83,20 @@ def read_keys(path: Path) -> list[tuple[str, Caller]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         words = line.partition("#")[0].split()
         if words:
-            keys.append(_key(words, f"line {number} of {path}"))
+            keys.append(_key(" ".join(words), f"line {number} of {path}"))
     if not keys:
         raise ValueError(f"{path} must have a key, got none; add one with: {PROG} NAME >> {path}")
     return keys
 
 
-def _key(words: list[str], where: str) -> tuple[str, Caller]:
-    may_send_batches = words[-1] == BATCH and len(words) > 2
-    words = words[:-1] if may_send_batches else words
-    name, digest, *quota = [*words, ""][: max(2, len(words))]
-    right = _NAME.fullmatch(name) and _SHA256.fullmatch(digest) and len(quota) <= 1
-    if not right or not all(word.isdecimal() and int(word) > 0 for word in quota):
+def _key(line: str, where: str) -> tuple[str, Caller]:
+    found = _LINE.fullmatch(line)
+    if found is None:
         # The line is not shown: it may hold a key instead of its hash.
         raise ValueError(f"{where} must be NAME SHA256 [MAX_IN_FLIGHT] [batch]; make one with: {PROG} NAME")
-    max_in_flight = int(quota[0]) if quota else None
-    return digest, Caller(name=name, max_in_flight=max_in_flight, may_send_batches=may_send_batches)
+    name, digest, quota, batch = found.groups()
+    max_in_flight = None if quota is None else int(quota)
+    return digest, Caller(name=name, max_in_flight=max_in_flight, may_send_batches=batch is not None)
 
 
 def _change_of(path: Path) -> tuple[int, int, int]:
@@ -120,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         "--batch", action="store_true", help="also take batch work from this name (blip2 caption --endpoint)"
     )
     given = parser.parse_args(argv)
-    if not _NAME.fullmatch(given.name):
+    if not re.fullmatch(_NAME, given.name):
         parser.error(
             f"NAME must be at most 64 letters, digits and the characters . _ @ -, got {given.name!r}"
         )
