@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import time
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +72,7 @@ class Recorder:
         self._since_s = time.monotonic()
         self._name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
         self._num_rows = 0
-        self._num_files: Counter[tuple[Kind, Side]] = Counter()
+        self._num_written = 0
         self._writer = ThreadPoolExecutor(1, "trial-recorder")
         self._writing: list[Future[None]] = []
 
@@ -130,9 +129,9 @@ class Recorder:
         if len(self._writing) >= MAX_PENDING_FILES:
             TRIAL_ROWS.inc(sum(map(len, rows.values())), {"result": "dropped"})
             return
+        name = f"{self._name}-{self._num_written:06}.parquet"
+        self._num_written += 1
         for (kind, side), of_side in rows.items():
-            name = f"{self._name}-{self._num_files[kind, side]:06}.parquet"
-            self._num_files[kind, side] += 1
             path = self._folder / kind / side / name
             self._writing.append(self._writer.submit(self._write, path, of_side))
 
