@@ -71,7 +71,6 @@ class Gateway(Service):
         readiness = Readiness(captioner.app_name, deployments)
         super().__init__(settings, models, readiness, Fleet(captioner.app_name, deployments), finished_run)
         logger.info("%s", self._decoding.of(self.first.info.image_size_px).sandbox_report())
-        self._is_ending = False
         self._was_told = False
         """Whether the operator has called since the store was last read; what is read next may be older."""
         await self.check_health()
@@ -86,7 +85,6 @@ class Gateway(Service):
 
     async def drain(self) -> None:
         """Be unready, refuse new requests, and return when the running ones have their answers."""
-        self._is_ending = True
         await self._admission.drain()
 
     async def check_health(self) -> None:
@@ -102,17 +100,14 @@ class Gateway(Service):
         except (RayError, TimeoutError):  # the head of the cluster is away; this gateway can go on without it
             return
         if not self._was_told:
-            self._follow(is_draining)
+            self._admission.set_draining(is_draining)
         self._was_told = False
         self._trials.write_if_due()
 
     def set_draining(self, is_draining: bool) -> None:
         """Be unready and refuse new requests, or take them again; a gateway that ends takes none again."""
         self._was_told = True
-        self._follow(is_draining)
-
-    def _follow(self, is_draining: bool) -> None:
-        self._admission.set_draining(is_draining or self._is_ending)
+        self._admission.set_draining(is_draining)
 
     def set_log_level(self, level: LogLevel) -> None:
         set_log_level(level)

@@ -49,13 +49,13 @@ class Admission:
         self._num_in_flight_of: Counter[str] = Counter()
         self._max_batch_slots = BATCH_LEAD * slots
         self._batch_slots = 0
-        self._is_draining = False
+        self._is_draining = self._is_ending = False
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
     def check_open(self) -> None:
         """Raise ApiError 503 when the gateway is draining."""
-        if self._is_draining:
+        if self._is_draining or self._is_ending:
             raise unavailable("the service is draining")
 
     def set_draining(self, is_draining: bool) -> None:
@@ -63,8 +63,8 @@ class Admission:
         self._is_draining = is_draining
 
     async def drain(self) -> None:
-        """Refuse what comes from now on, and wait until everything that was admitted has its answer."""
-        self.set_draining(True)
+        """Refuse what comes for good, and wait until everything that was admitted has its answer."""
+        self._is_ending = True
         await self._is_idle.wait()
 
     @property
@@ -80,7 +80,7 @@ class Admission:
             "num_waiting": self._gate.num_waiting,
             "slots_held": self._gate.units_held,
             "batch_slots_held": self._batch_slots,
-            "is_draining": self._is_draining,
+            "is_draining": self._is_draining or self._is_ending,
         }
 
     @asynccontextmanager
