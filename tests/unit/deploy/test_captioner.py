@@ -71,26 +71,25 @@ def test_only_an_engine_with_work_and_without_progress_is_unhealthy(
             replica.check_health()
 
 
-def test_a_stream_that_is_left_stops_its_work(replica: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        stopped = asyncio.Event()
+async def test_a_stream_that_is_left_stops_its_work(
+    replica: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = asyncio.Event()
 
-        async def make(pixels: Any, work: Any, report: Callable[[int, str], None]) -> ImageOutputs:
-            report(0, "a")
-            try:
-                await asyncio.Event().wait()
-            finally:
-                stopped.set()
-            raise AssertionError("unreachable")
+    async def make(pixels: Any, work: Any, report: Callable[[int, str], None]) -> ImageOutputs:
+        report(0, "a")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+        raise AssertionError("unreachable")
 
-        monkeypatch.setattr(replica, "_make", make)
-        items = replica.stream(PIXELS, WORK)
-        assert await anext(items) == TextPiece(index=0, text="a")
-        await items.aclose()
-        async with asyncio.timeout(5):
-            await stopped.wait()
-
-    asyncio.run(run())
+    monkeypatch.setattr(replica, "_make", make)
+    items = replica.stream(PIXELS, WORK)
+    assert await anext(items) == TextPiece(index=0, text="a")
+    await items.aclose()
+    async with asyncio.timeout(5):
+        await stopped.wait()
 
 
 def test_batch_work_that_waits_for_others_holds_none_of_their_threads(

@@ -180,12 +180,9 @@ def refusals(answers: list[Any]) -> list[tuple[int, str]]:
     return asyncio.run(ask())
 
 
-def test_a_gateway_with_options_that_no_request_can_have_does_not_start() -> None:
-    async def start() -> None:
-        with pytest.raises(ValueError, match="suppress_tokens must be token ids below 100, got 100"):
-            await gateway(Handle(None), options=GenerationOptions(suppress_tokens=(100,))).__aenter__()
-
-    asyncio.run(start())
+async def test_a_gateway_with_options_that_no_request_can_have_does_not_start() -> None:
+    with pytest.raises(ValueError, match="suppress_tokens must be token ids below 100, got 100"):
+        await gateway(Handle(None), options=GenerationOptions(suppress_tokens=(100,))).__aenter__()
 
 
 def test_the_log_says_what_the_decode_sandbox_is(caplog: pytest.LogCaptureFixture) -> None:
@@ -315,114 +312,98 @@ def test_every_status_but_ok_is_an_error_of_its_name() -> None:
     assert refusals(answers) == [(codes.get(status, 422), status.value) for status in statuses]
 
 
-def test_a_retrieval_model_for_other_images_is_refused() -> None:
+async def test_a_retrieval_model_for_other_images_is_refused() -> None:
     """An image is decoded once; resized twice, it would be another image."""
-
-    async def start() -> None:
-        handle = Handle(NEVER)
-        other = ModelInfo(model="r", image_size_px=9, dtype="float32", digest="d")
-        handle.matching_info = Method(Response(other))
-        with pytest.raises(ValueError, match="8 px"):
-            await Gateway.__new__(Gateway).__init__(handle, Settings())  # type: ignore[misc]
-
-    asyncio.run(start())
+    handle = Handle(NEVER)
+    other = ModelInfo(model="r", image_size_px=9, dtype="float32", digest="d")
+    handle.matching_info = Method(Response(other))
+    with pytest.raises(ValueError, match="8 px"):
+        await Gateway.__new__(Gateway).__init__(handle, Settings())  # type: ignore[misc]
 
 
-def test_a_full_gateway_is_ready_and_a_draining_one_is_not() -> None:
+async def test_a_full_gateway_is_ready_and_a_draining_one_is_not() -> None:
     """An orchestrator that took a busy gateway away would only make the others busier."""
-
-    async def run() -> None:
-        async with gateway(Handle(None), max_in_flight=1) as made:
-            cost = Cost(slots=1, steps=30)
-            async with made.admit(cost):
-                with pytest.raises(ApiError) as refused:
-                    async with made.admit(cost):
-                        pass
-                assert (refused.value.code, refused.value.type) == (503, "overloaded")
-                await made.check_ready()
-            await made.drain()
-            for call in (made.check_ready(), made.admit(cost).__aenter__()):
-                with pytest.raises(ApiError) as ending:
-                    await call
-                assert (ending.value.code, ending.value.type) == (503, "unavailable")
-
-    asyncio.run(run())
-
-
-def test_who_waits_for_the_engines_of_a_model_is_in_flight() -> None:
-    """Requests for a model scaled to zero waited before admission, as many as came, and held their bodies."""
-
-    async def run() -> None:
-        async with gateway(Handle(None), max_in_flight=2) as made:
-            made._models._others = {"b": RemoteCaptioner(handle := StartingHandle())}
-            cost = Cost(slots=1, steps=30)
-
-            async def ask() -> int:
-                async with made.model("b"), made.admit(cost):
-                    await asyncio.sleep(0)
-                return 200
-
-            made.set_draining(True)
-            with pytest.raises(ApiError) as ending:
-                await ask()
-            assert (ending.value.type, handle.num_asked) == ("unavailable", 0)
-            made.set_draining(False)
-            waiting = [asyncio.create_task(ask()) for _ in range(2)]
-            while not handle.num_asked:
-                await asyncio.sleep(0)
-            assert made.stats()["num_in_flight"] == 2
+    async with gateway(Handle(None), max_in_flight=1) as made:
+        cost = Cost(slots=1, steps=30)
+        async with made.admit(cost):
             with pytest.raises(ApiError) as refused:
-                await ask()
+                async with made.admit(cost):
+                    pass
             assert (refused.value.code, refused.value.type) == (503, "overloaded")
-            draining = asyncio.create_task(made.drain())
+            await made.check_ready()
+        await made.drain()
+        for call in (made.check_ready(), made.admit(cost).__aenter__()):
+            with pytest.raises(ApiError) as ending:
+                await call
+            assert (ending.value.code, ending.value.type) == (503, "unavailable")
+
+
+async def test_who_waits_for_the_engines_of_a_model_is_in_flight() -> None:
+    """Requests for a model scaled to zero waited before admission, as many as came, and held their bodies."""
+    async with gateway(Handle(None), max_in_flight=2) as made:
+        made._models._others = {"b": RemoteCaptioner(handle := StartingHandle())}
+        cost = Cost(slots=1, steps=30)
+
+        async def ask() -> int:
+            async with made.model("b"), made.admit(cost):
+                await asyncio.sleep(0)
+            return 200
+
+        made.set_draining(True)
+        with pytest.raises(ApiError) as ending:
+            await ask()
+        assert (ending.value.type, handle.num_asked) == ("unavailable", 0)
+        made.set_draining(False)
+        waiting = [asyncio.create_task(ask()) for _ in range(2)]
+        while not handle.num_asked:
             await asyncio.sleep(0)
-            assert not draining.done()
-            handle.has_started.set()
-            assert await asyncio.gather(*waiting) == [200, 200]
-            await draining
-            assert made.stats()["num_in_flight"] == made.stats()["slots_held"] == 0
+        assert made.stats()["num_in_flight"] == 2
+        with pytest.raises(ApiError) as refused:
+            await ask()
+        assert (refused.value.code, refused.value.type) == (503, "overloaded")
+        draining = asyncio.create_task(made.drain())
+        await asyncio.sleep(0)
+        assert not draining.done()
+        handle.has_started.set()
+        assert await asyncio.gather(*waiting) == [200, 200]
+        await draining
+        assert made.stats()["num_in_flight"] == made.stats()["slots_held"] == 0
 
-    asyncio.run(run())
 
-
-def test_the_wait_for_engines_is_part_of_the_time_of_a_request() -> None:
+async def test_the_wait_for_engines_is_part_of_the_time_of_a_request() -> None:
     """The test moves the clock, so that a busy machine cannot make a request late."""
+    async with gateway(Handle(None), timeout_s=60.0) as made:
+        made._models._others = {"b": RemoteCaptioner(handle := StartingHandle())}
+        image = await picture(made)
+        loop, later_s = asyncio.get_running_loop(), 0.0
+        clock_s = loop.time
+        loop.time = lambda: clock_s() + later_s  # type: ignore[method-assign]
 
-    async def run() -> None:
-        async with gateway(Handle(None), timeout_s=60.0) as made:
-            made._models._others = {"b": RemoteCaptioner(handle := StartingHandle())}
-            image = await picture(made)
-            loop, later_s = asyncio.get_running_loop(), 0.0
-            clock_s = loop.time
-            loop.time = lambda: clock_s() + later_s  # type: ignore[method-assign]
+        async def ask() -> ApiError:
+            with pytest.raises(ApiError) as caught:
+                async with made.model("b") as model, made.admit(Cost(slots=1, steps=30)):
+                    await made.run(model, image, WORK)
+            return caught.value
 
-            async def ask() -> ApiError:
-                with pytest.raises(ApiError) as caught:
-                    async with made.model("b") as model, made.admit(Cost(slots=1, steps=30)):
-                        await made.run(model, image, WORK)
-                return caught.value
+        asking = asyncio.create_task(ask())
+        while not handle.num_asked:
+            await asyncio.sleep(0)
+        later_s += 61
+        error = await asking
+        assert (error.code, error.type) == (503, "unavailable")
+        assert "the engines of b are starting" in error.message
 
-            asking = asyncio.create_task(ask())
-            while not handle.num_asked:
-                await asyncio.sleep(0)
-            later_s += 61
-            error = await asking
-            assert (error.code, error.type) == (503, "unavailable")
-            assert "the engines of b are starting" in error.message
-
-            asking = asyncio.create_task(ask())
-            while not made.stats()["num_in_flight"]:
-                await asyncio.sleep(0)
-            later_s += 40
-            handle.has_started.set()
-            while not made.stats()["slots_held"]:
-                await asyncio.sleep(0)
-            later_s += 21
-            await asyncio.wait([asking], timeout=10)
-            error = asking.result()
-            assert (error.code, error.type) == (504, "timeout")
-
-    asyncio.run(run())
+        asking = asyncio.create_task(ask())
+        while not made.stats()["num_in_flight"]:
+            await asyncio.sleep(0)
+        later_s += 40
+        handle.has_started.set()
+        while not made.stats()["slots_held"]:
+            await asyncio.sleep(0)
+        later_s += 21
+        await asyncio.wait([asking], timeout=10)
+        error = asking.result()
+        assert (error.code, error.type) == (504, "timeout")
 
 
 def test_what_a_gateway_holds_is_shown_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,58 +456,53 @@ def test_while_the_head_is_away_a_gateway_loses_no_threads(monkeypatch: pytest.M
         is_back.set()
 
 
-def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that replaced another took requests again, in the middle of the operator's drain."""
 
-    async def run() -> None:
-        async def reach_none(*_: Any) -> list[Any]:
-            return []
+    async def reach_none(*_: Any) -> list[Any]:
+        return []
 
-        monkeypatch.setattr(fleet.Fleet, "_everywhere", reach_none)
-        store = Store()
-        async with gateway(Handle(None), store) as old:
-            await old.fleet.set_draining(True)
-            await old.check_health()  # as if the call to all replicas had missed this one
-            async with gateway(Handle(None), store) as new:
-                for made in (old, new):
-                    with pytest.raises(ApiError):
-                        await made.check_ready()
-                await new.fleet.set_draining(False)
-                store["is away"] = "yes"
-                await new.check_health()
-                assert new.stats()["is_draining"]
-                del store["is away"]
-                await new.check_health()
-                await new.check_ready()
-                await new.drain()
-                await new.check_health()  # the end of the service is no operator's drain
-                assert new.stats()["is_draining"]
-                new.set_draining(False)  # as /admin/resume has every gateway do
-                assert new.stats()["is_draining"]
-
-    asyncio.run(run())
+    monkeypatch.setattr(fleet.Fleet, "_everywhere", reach_none)
+    store = Store()
+    async with gateway(Handle(None), store) as old:
+        await old.fleet.set_draining(True)
+        await old.check_health()  # as if the call to all replicas had missed this one
+        async with gateway(Handle(None), store) as new:
+            for made in (old, new):
+                with pytest.raises(ApiError):
+                    await made.check_ready()
+            await new.fleet.set_draining(False)
+            store["is away"] = "yes"
+            await new.check_health()
+            assert new.stats()["is_draining"]
+            del store["is away"]
+            await new.check_health()
+            await new.check_ready()
+            await new.drain()
+            await new.check_health()  # the end of the service is no operator's drain
+            assert new.stats()["is_draining"]
+            new.set_draining(False)  # as /admin/resume has every gateway do
+            assert new.stats()["is_draining"]
 
 
-def test_what_was_read_before_the_operators_word_does_not_undo_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_was_read_before_the_operators_word_does_not_undo_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A health check that had read the store just before a drain opened the gateway until the next one."""
+    async with gateway(Handle(None)) as made:
+        reading, may_answer = asyncio.Event(), asyncio.Event()
 
-    async def run() -> None:
-        async with gateway(Handle(None)) as made:
-            reading, may_answer = asyncio.Event(), asyncio.Event()
+        async def read() -> bool:
+            reading.set()
+            await may_answer.wait()
+            return False
 
-            async def read() -> bool:
-                reading.set()
-                await may_answer.wait()
-                return False
-
-            monkeypatch.setattr(made.fleet, "is_draining", read)
-            checking = asyncio.create_task(made.check_health())
-            await reading.wait()
-            made.set_draining(True)
-            may_answer.set()
-            await checking
-            assert made.stats()["is_draining"]
-            await made.check_health()  # which reads what is there now
-            assert not made.stats()["is_draining"]
-
-    asyncio.run(run())
+        monkeypatch.setattr(made.fleet, "is_draining", read)
+        checking = asyncio.create_task(made.check_health())
+        await reading.wait()
+        made.set_draining(True)
+        may_answer.set()
+        await checking
+        assert made.stats()["is_draining"]
+        await made.check_health()  # which reads what is there now
+        assert not made.stats()["is_draining"]

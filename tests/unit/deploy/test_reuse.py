@@ -60,95 +60,79 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def test_equal_requests_under_way_are_made_once_and_then_kept() -> None:
-    async def run() -> None:
-        work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
-        callers = [asyncio.create_task(shared.get("key", work.make)) for _ in range(32)]
-        await settle()
-        work.may_end.set()
-        answers = await asyncio.gather(*callers)
-        assert len({id(answer) for answer in answers}) == work.num_begun == 1
-        assert await shared.get("key", work.make) is answers[0]
-        await shared.get("other", work.make)
-        assert work.num_begun == 2
-
-    asyncio.run(run())
+async def test_equal_requests_under_way_are_made_once_and_then_kept() -> None:
+    work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
+    callers = [asyncio.create_task(shared.get("key", work.make)) for _ in range(32)]
+    await settle()
+    work.may_end.set()
+    answers = await asyncio.gather(*callers)
+    assert len({id(answer) for answer in answers}) == work.num_begun == 1
+    assert await shared.get("key", work.make) is answers[0]
+    await shared.get("other", work.make)
+    assert work.num_begun == 2
 
 
-def test_work_ends_when_its_last_caller_has_left_and_not_before() -> None:
+async def test_work_ends_when_its_last_caller_has_left_and_not_before() -> None:
     """Otherwise one client that hangs up takes the answer of all others with it."""
-
-    async def run() -> None:
-        work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
-        first, second = (asyncio.create_task(shared.get("key", work.make)) for _ in range(2))
-        await settle()
-        first.cancel()
-        await settle()
-        assert not work.num_cancelled
-        second.cancel()
-        await settle()
-        assert work.num_cancelled == 1
-        work.may_end.set()
-        assert (await shared.get("key", work.make)).sha256 == "a"
-        assert work.num_begun == 2
-
-    asyncio.run(run())
+    work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
+    first, second = (asyncio.create_task(shared.get("key", work.make)) for _ in range(2))
+    await settle()
+    first.cancel()
+    await settle()
+    assert not work.num_cancelled
+    second.cancel()
+    await settle()
+    assert work.num_cancelled == 1
+    work.may_end.set()
+    assert (await shared.get("key", work.make)).sha256 == "a"
+    assert work.num_begun == 2
 
 
-def test_work_that_fails_while_it_is_cancelled_leaves_its_successor_alone() -> None:
-    async def run() -> None:
-        work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
-        may_fail = asyncio.Event()
+async def test_work_that_fails_while_it_is_cancelled_leaves_its_successor_alone() -> None:
+    work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
+    may_fail = asyncio.Event()
 
-        async def fail_late() -> Made:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                await may_fail.wait()
-                raise ValueError("the wait was cut")
+    async def fail_late() -> Made:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await may_fail.wait()
+            raise ValueError("the wait was cut")
 
-        left = asyncio.create_task(shared.get("key", fail_late))
-        await settle()
-        left.cancel()
-        await settle()
-        callers = [asyncio.create_task(shared.get("key", work.make))]
-        await settle()
-        may_fail.set()
-        await settle()
-        callers.append(asyncio.create_task(shared.get("key", work.make)))
-        await settle()
-        work.may_end.set()
-        first, second = await asyncio.gather(*callers)
-        assert first is second and work.num_begun == 1
-
-    asyncio.run(run())
+    left = asyncio.create_task(shared.get("key", fail_late))
+    await settle()
+    left.cancel()
+    await settle()
+    callers = [asyncio.create_task(shared.get("key", work.make))]
+    await settle()
+    may_fail.set()
+    await settle()
+    callers.append(asyncio.create_task(shared.get("key", work.make)))
+    await settle()
+    work.may_end.set()
+    first, second = await asyncio.gather(*callers)
+    assert first is second and work.num_begun == 1
 
 
-def test_a_failure_is_told_to_all_who_wait_and_to_nobody_later() -> None:
-    async def run() -> None:
-        work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
-        work.failure = ValueError("the engine is gone")
-        callers = [asyncio.create_task(shared.get("key", work.make)) for _ in range(3)]
-        await settle()
-        work.may_end.set()
-        assert await asyncio.gather(*callers, return_exceptions=True) == [work.failure] * 3
-        work.failure = None
-        assert (await shared.get("key", work.make)).sha256 == "a"
-
-    asyncio.run(run())
+async def test_a_failure_is_told_to_all_who_wait_and_to_nobody_later() -> None:
+    work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
+    work.failure = ValueError("the engine is gone")
+    callers = [asyncio.create_task(shared.get("key", work.make)) for _ in range(3)]
+    await settle()
+    work.may_end.set()
+    assert await asyncio.gather(*callers, return_exceptions=True) == [work.failure] * 3
+    work.failure = None
+    assert (await shared.get("key", work.make)).sha256 == "a"
 
 
 @pytest.mark.parametrize(("max_bytes", "num_begun"), [(0, 6), (2 * SIZE, 4), (3 * SIZE, 3)])
-def test_memory_is_bounded_and_what_was_used_last_stays(max_bytes: int, num_begun: int) -> None:
-    async def run() -> None:
-        work, shared = Work(), SharedWork(max_bytes)
-        work.may_end.set()
-        for key in ("a", "b", "a", "c", "a", "b"):
-            await shared.get(key, work.make)
-        assert work.num_begun == num_begun
-        assert shared._num_bytes <= max_bytes
-
-    asyncio.run(run())
+async def test_memory_is_bounded_and_what_was_used_last_stays(max_bytes: int, num_begun: int) -> None:
+    work, shared = Work(), SharedWork(max_bytes)
+    work.may_end.set()
+    for key in ("a", "b", "a", "c", "a", "b"):
+        await shared.get(key, work.make)
+    assert work.num_begun == num_begun
+    assert shared._num_bytes <= max_bytes
 
 
 def test_equal_requests_are_encoded_once_over_http() -> None:

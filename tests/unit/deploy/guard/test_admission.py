@@ -48,92 +48,74 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def test_at_the_limit_no_request_is_admitted_until_one_ends() -> None:
-    async def run() -> None:
-        door = admission(max_in_flight=1)
-        async with admit(door, CAPTION):
-            error = await refusal(door)
-            assert (error.code, error.type, error.headers["Retry-After"]) == (503, "overloaded", "1")
-        async with admit(door, CAPTION):
-            pass
-
-    asyncio.run(run())
-
-
-def test_a_request_that_takes_too_long_is_504_and_is_no_longer_counted() -> None:
-    async def run() -> None:
-        door = admission(max_in_flight=1, timeout_s=0.02)
-        for _ in range(2):
-            error = await refusal(door)
-            assert (error.code, error.type) == (504, "timeout")
-
-    asyncio.run(run())
-
-
-def test_a_caption_passes_two_dozen_huge_requests() -> None:
-    async def run() -> None:
-        door, release = admission(), asyncio.Event()
-        holding = [asyncio.create_task(hold(door, HUGE, release)) for _ in range(24)]
-        await settle()
-        assert door.stats()["slots_held"] == 4, "half of the slots are for small work"
-        async with asyncio.timeout(1), admit(door, CAPTION):
-            pass
-        release.set()
-        await asyncio.gather(*holding)
-
-    asyncio.run(run())
-
-
-def test_a_key_at_its_quota_is_429_while_others_are_served() -> None:
-    async def run() -> None:
-        door, release = admission(), asyncio.Event()
-        CALLER.set(Caller(name="alice", max_in_flight=2))
-        holding = [asyncio.create_task(hold(door, CAPTION, release)) for _ in range(2)]
-        await settle()
+async def test_at_the_limit_no_request_is_admitted_until_one_ends() -> None:
+    door = admission(max_in_flight=1)
+    async with admit(door, CAPTION):
         error = await refusal(door)
-        assert (error.code, error.type) == (429, "quota")
-        assert int(error.headers["Retry-After"]) >= 1 and "alice" in error.message
-        CALLER.set(Caller(name="bob", max_in_flight=2))
-        async with admit(door, CAPTION):
-            pass
-        release.set()
-        await asyncio.gather(*holding)
-
-    asyncio.run(run())
+        assert (error.code, error.type, error.headers["Retry-After"]) == (503, "overloaded", "1")
+    async with admit(door, CAPTION):
+        pass
 
 
-def test_a_drain_refuses_what_comes_and_waits_for_what_runs() -> None:
-    async def run() -> None:
-        door, release = admission(), asyncio.Event()
-        running = asyncio.create_task(hold(door, CAPTION, release))
-        await settle()
-        drained = asyncio.create_task(door.drain())
-        await settle()
+async def test_a_request_that_takes_too_long_is_504_and_is_no_longer_counted() -> None:
+    door = admission(max_in_flight=1, timeout_s=0.02)
+    for _ in range(2):
         error = await refusal(door)
-        assert (error.code, error.type, error.headers["Retry-After"]) == (503, "unavailable", "1")
-        with pytest.raises(ApiError):
-            door.check_open()
-        assert not drained.done()
-        release.set()
-        await asyncio.gather(running, drained)
-
-    asyncio.run(run())
+        assert (error.code, error.type) == (504, "timeout")
 
 
-def test_retry_after_is_the_wait_that_is_to_be_expected() -> None:
-    async def run() -> None:
-        door, release = admission(slots=1, max_in_flight=3), asyncio.Event()
-        async with admit(door, CAPTION):
-            await asyncio.sleep(0.1)  # 30 steps in 0.1 s
-        holding = [asyncio.create_task(hold(door, HUGE, release)) for _ in range(3)]
-        await settle()
-        error = await refusal(door)
-        # Two requests of 2880 slot-steps wait.
-        assert 10 <= int(error.headers["Retry-After"]) <= 60
-        release.set()
-        await asyncio.gather(*holding)
+async def test_a_caption_passes_two_dozen_huge_requests() -> None:
+    door, release = admission(), asyncio.Event()
+    holding = [asyncio.create_task(hold(door, HUGE, release)) for _ in range(24)]
+    await settle()
+    assert door.stats()["slots_held"] == 4, "half of the slots are for small work"
+    async with asyncio.timeout(1), admit(door, CAPTION):
+        pass
+    release.set()
+    await asyncio.gather(*holding)
 
-    asyncio.run(run())
+
+async def test_a_key_at_its_quota_is_429_while_others_are_served() -> None:
+    door, release = admission(), asyncio.Event()
+    CALLER.set(Caller(name="alice", max_in_flight=2))
+    holding = [asyncio.create_task(hold(door, CAPTION, release)) for _ in range(2)]
+    await settle()
+    error = await refusal(door)
+    assert (error.code, error.type) == (429, "quota")
+    assert int(error.headers["Retry-After"]) >= 1 and "alice" in error.message
+    CALLER.set(Caller(name="bob", max_in_flight=2))
+    async with admit(door, CAPTION):
+        pass
+    release.set()
+    await asyncio.gather(*holding)
+
+
+async def test_a_drain_refuses_what_comes_and_waits_for_what_runs() -> None:
+    door, release = admission(), asyncio.Event()
+    running = asyncio.create_task(hold(door, CAPTION, release))
+    await settle()
+    drained = asyncio.create_task(door.drain())
+    await settle()
+    error = await refusal(door)
+    assert (error.code, error.type, error.headers["Retry-After"]) == (503, "unavailable", "1")
+    with pytest.raises(ApiError):
+        door.check_open()
+    assert not drained.done()
+    release.set()
+    await asyncio.gather(running, drained)
+
+
+async def test_retry_after_is_the_wait_that_is_to_be_expected() -> None:
+    door, release = admission(slots=1, max_in_flight=3), asyncio.Event()
+    async with admit(door, CAPTION):
+        await asyncio.sleep(0.1)  # 30 steps in 0.1 s
+    holding = [asyncio.create_task(hold(door, HUGE, release)) for _ in range(3)]
+    await settle()
+    error = await refusal(door)
+    # Two requests of 2880 slot-steps wait.
+    assert 10 <= int(error.headers["Retry-After"]) <= 60
+    release.set()
+    await asyncio.gather(*holding)
 
 
 def texts(*options: dict[str, Any]) -> ImageWork:
@@ -153,23 +135,19 @@ def test_scores_and_features_cost_a_step_per_image() -> None:
         assert cost_of(work, num_images=5) == Cost(slots=5, steps=1)
 
 
-def test_batch_work_neither_waits_for_others_nor_makes_them_wait() -> None:
+async def test_batch_work_neither_waits_for_others_nor_makes_them_wait() -> None:
     """It has slots of its own, twice those of the gateway, and what is beyond is refused at once."""
-
-    async def run() -> None:
-        door = admission(slots=8, max_in_flight=1)
-        async with door.admit_batch(Cost(slots=10, steps=30)), door.admit_batch(Cost(slots=6, steps=30)):
-            with pytest.raises(ApiError) as caught:
-                async with door.admit_batch(CAPTION):
-                    pass
-            assert (caught.value.code, caught.value.headers["Retry-After"]) == (503, "1")
-            async with admit(door, CAPTION):
-                assert door.stats()["num_in_flight"] == 1 and door.stats()["num_waiting"] == 0
-        async with door.admit_batch(Cost(slots=1000, steps=30)):
-            assert door.stats()["batch_slots_held"] == 1000, "more than fits may go alone"
-        assert door.stats()["batch_slots_held"] == 0
-
-    asyncio.run(run())
+    door = admission(slots=8, max_in_flight=1)
+    async with door.admit_batch(Cost(slots=10, steps=30)), door.admit_batch(Cost(slots=6, steps=30)):
+        with pytest.raises(ApiError) as caught:
+            async with door.admit_batch(CAPTION):
+                pass
+        assert (caught.value.code, caught.value.headers["Retry-After"]) == (503, "1")
+        async with admit(door, CAPTION):
+            assert door.stats()["num_in_flight"] == 1 and door.stats()["num_waiting"] == 0
+    async with door.admit_batch(Cost(slots=1000, steps=30)):
+        assert door.stats()["batch_slots_held"] == 1000, "more than fits may go alone"
+    assert door.stats()["batch_slots_held"] == 0
 
 
 def test_a_key_needs_the_right_to_send_batch_work() -> None:
@@ -184,37 +162,30 @@ def test_a_key_needs_the_right_to_send_batch_work() -> None:
     assert (error.code, error.type) == (403, "no_batch_right") and "--batch" in error.message
 
 
-def test_batch_work_ends_with_the_service_or_after_its_time_and_does_not_hold_it_up() -> None:
-    async def run() -> None:
-        door = admission(timeout_s=0.05)
-        async with door.admit_batch(CAPTION) as check:
+async def test_batch_work_ends_with_the_service_or_after_its_time_and_does_not_hold_it_up() -> None:
+    door = admission(timeout_s=0.05)
+    async with door.admit_batch(CAPTION) as check:
+        check()
+        await asyncio.sleep(0.06)
+        with pytest.raises(ApiError, match=r"not finished within 0\.05 s"):
             check()
-            await asyncio.sleep(0.06)
-            with pytest.raises(ApiError, match=r"not finished within 0\.05 s"):
-                check()
-            await asyncio.wait_for(door.drain(), 1)
-            with pytest.raises(ApiError, match="the service is draining"):
-                check()
-            with pytest.raises(ApiError, match="the service is draining"):
-                async with door.admit_batch(CAPTION):
-                    pass
-
-    asyncio.run(run())
+        await asyncio.wait_for(door.drain(), 1)
+        with pytest.raises(ApiError, match="the service is draining"):
+            check()
+        with pytest.raises(ApiError, match="the service is draining"):
+            async with door.admit_batch(CAPTION):
+                pass
 
 
-def test_batch_work_that_others_have_kept_waiting_is_not_said_to_be_too_long() -> None:
+async def test_batch_work_that_others_have_kept_waiting_is_not_said_to_be_too_long() -> None:
     """A job gives up a text that is too long; it must not give up one that an endpoint had no room for."""
-
-    async def run() -> None:
-        door = admission(slots=1, timeout_s=0.05)
-        async with door.admit_batch(CAPTION) as check:
-            await asyncio.sleep(0.06)
-            async with admit(door, CAPTION):
-                with pytest.raises(ApiError, match="other requests have the slots") as caught:
-                    check()
-                assert (caught.value.code, caught.value.type) == (503, "unavailable")
-            with pytest.raises(ApiError) as caught:
+    door = admission(slots=1, timeout_s=0.05)
+    async with door.admit_batch(CAPTION) as check:
+        await asyncio.sleep(0.06)
+        async with admit(door, CAPTION):
+            with pytest.raises(ApiError, match="other requests have the slots") as caught:
                 check()
-            assert (caught.value.code, caught.value.type) == (504, "timeout")
-
-    asyncio.run(run())
+            assert (caught.value.code, caught.value.type) == (503, "unavailable")
+        with pytest.raises(ApiError) as caught:
+            check()
+        assert (caught.value.code, caught.value.type) == (504, "timeout")

@@ -71,14 +71,11 @@ def test_only_the_usual_processes_start_with_the_service(lanes: Decoding) -> Non
     assert not any(process.sandbox for process in lanes._large._pool._processes)
 
 
-def test_large_and_small_are_decoded_alike(lanes: Decoding) -> None:
-    async def run() -> None:
-        for width, height in ((10, 6), (200, 100)):
-            decoded = await lanes.decode(picture(width, height))
-            assert (decoded.status, decoded.width, decoded.height) == (Status.OK, width, height)
-        assert (await lanes.decode(picture(1001, 1000))).status is Status.TOO_LARGE
-
-    asyncio.run(run())
+async def test_large_and_small_are_decoded_alike(lanes: Decoding) -> None:
+    for width, height in ((10, 6), (200, 100)):
+        decoded = await lanes.decode(picture(width, height))
+        assert (decoded.status, decoded.width, decoded.height) == (Status.OK, width, height)
+    assert (await lanes.decode(picture(1001, 1000))).status is Status.TOO_LARGE
 
 
 def test_large_pictures_leave_the_cpus_to_small_ones(lanes: Decoding) -> None:
@@ -112,16 +109,13 @@ def test_a_small_picture_passes_large_ones_and_ones_that_hide_their_size(lanes: 
     asyncio.run(run())
 
 
-def test_a_picture_above_the_limit_does_not_wait_behind_large_ones(lanes: Decoding) -> None:
-    async def run() -> None:
-        leave = await lanes._large._gate.enter(1, 1, "somebody with a large picture")
-        async with asyncio.timeout(5):
-            decoded = await lanes.decode(picture(1001, 1000))
-        assert decoded.status is Status.TOO_LARGE
-        assert decoded.error == "the image has 1001000 pixels, more than max_pixels (1000000)"
-        leave()
-
-    asyncio.run(run())
+async def test_a_picture_above_the_limit_does_not_wait_behind_large_ones(lanes: Decoding) -> None:
+    leave = await lanes._large._gate.enter(1, 1, "somebody with a large picture")
+    async with asyncio.timeout(5):
+        decoded = await lanes.decode(picture(1001, 1000))
+    assert decoded.status is Status.TOO_LARGE
+    assert decoded.error == "the image has 1001000 pixels, more than max_pixels (1000000)"
+    leave()
 
 
 def test_a_process_stays_taken_while_it_decodes_for_a_caller_that_has_left(lanes: Decoding) -> None:

@@ -544,40 +544,36 @@ def test_a_body_with_more_bytes_than_a_client_may_have_is_413() -> None:
     assert front._uploads.num_bytes == 0 and not front._uploads.num_claimed_of
 
 
-def test_what_a_client_announces_counts_before_it_is_here() -> None:
+async def test_what_a_client_announces_counts_before_it_is_here() -> None:
     """Its bodies began side by side, and each of those that did not fit had been read almost to its end."""
+    held = Uploads(8 << 20)
 
-    async def begin() -> None:
-        held = Uploads(8 << 20)
+    async def receive() -> Message:
+        has_begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
 
-        async def receive() -> Message:
-            has_begun.set()
-            await asyncio.Event().wait()
-            raise AssertionError
+    def body_of(client: str, num_bytes: int) -> Body:
+        return Body(held, client, receive, {b"content-length": b"%d" % num_bytes})
 
-        def body_of(client: str, num_bytes: int) -> Body:
-            return Body(held, client, receive, {b"content-length": b"%d" % num_bytes})
-
-        has_begun = asyncio.Event()
-        first = body_of("a", 3 << 20)
-        reading = asyncio.create_task(first())
-        await has_begun.wait()
-        second = body_of("a", 2 << 20)
-        assert (await second())["type"] == "http.disconnect"
-        assert second.refusal is not None and second.refusal.code == 429
-        assert second.refusal.response().headers["retry-after"] == "10"
-        # A small body, and one of another client, go on.
-        others = [body_of("a", 1 << 20), body_of("b", 4 << 20)]
-        tasks = [asyncio.create_task(other()) for other in others]
-        await asyncio.sleep(0)
-        assert not any(task.done() for task in tasks)
-        for task in (reading, *tasks):
-            task.cancel()
-        for body in (first, second, *others):
-            body.release()
-        assert not held.num_claimed_of and not held.num_bytes
-
-    asyncio.run(begin())
+    has_begun = asyncio.Event()
+    first = body_of("a", 3 << 20)
+    reading = asyncio.create_task(first())
+    await has_begun.wait()
+    second = body_of("a", 2 << 20)
+    assert (await second())["type"] == "http.disconnect"
+    assert second.refusal is not None and second.refusal.code == 429
+    assert second.refusal.response().headers["retry-after"] == "10"
+    # A small body, and one of another client, go on.
+    others = [body_of("a", 1 << 20), body_of("b", 4 << 20)]
+    tasks = [asyncio.create_task(other()) for other in others]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in tasks)
+    for task in (reading, *tasks):
+        task.cancel()
+    for body in (first, second, *others):
+        body.release()
+    assert not held.num_claimed_of and not held.num_bytes
 
 
 def test_large_bodies_leave_room_for_small_ones() -> None:
