@@ -138,14 +138,15 @@ class Front:
         try:
             await self._serve_with({**scope, "headers": headers, "method": method}, body, answer)
         except Exception:
-            if answer.is_started:
+            if answer.code is not None:
                 raise
             logger.exception("Serve's proxy failed on a request")
         finally:
             body.release()
-        if counts and answer.code is not None:
-            self._limit.learn(self._uploads.num_complete, answer)
-        if not answer.is_started and not body.has_left:
+        if answer.code is not None:
+            if counts:
+                self._limit.learn(self._uploads.num_complete, answer)
+        elif not body.has_left:
             error = body.refusal or await self._in_place_of(scope, answer.held_back)
             response = self._in_place(scope, error)
             response.headers["X-Request-ID"] = given[REQUEST_ID].decode()
@@ -198,10 +199,8 @@ class Answer:
     """ASGI `send` that holds back the plain text which Serve writes in place of an answer of the gateway."""
 
     def __init__(self, send: Send) -> None:
-        self.is_started = False
-        """Something was sent to the client."""
         self.code: int | None = None
-        """The code that was sent to the client."""
+        """The code that was sent to the client; None until then."""
         self.held_back: int | None = None
         """The code of Serve's own answer, which was not sent."""
         self.retry_after_s = float(RETRY_AFTER_S)
@@ -219,7 +218,6 @@ class Answer:
             headers = {name.lower(): value for name, value in message["headers"]}
             self.retry_after_s = float(headers.get(b"retry-after", RETRY_AFTER_S))
         if self.held_back is None:
-            self.is_started = True
             self.code = message.get("status", self.code)
             await self._send(message)
 
