@@ -66,19 +66,18 @@ async def _answer_api_error(_: Request, error: Exception) -> Response:
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """Answer for a path or a method that no route has; OPTIONS asks which methods the path has."""
     assert isinstance(error, HTTPException)
-    if error.status_code == 405 and request.method == "OPTIONS":
-        return Response(status_code=204, headers={"Allow": _allowed_methods(request)})
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = _allowed_methods(request)
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
     kind, said = str(error.detail).lower().replace(" ", "_"), str(error.detail)
     path = shorten(request.url.path)
     if error.status_code == 404:
         said = f"there is no {path}; GET {request.scope.get('root_path', '')}/docs lists the routes"
     elif error.status_code == 405:
-        said = f"{path} must be called with {_allowed_methods(request)}, got {request.method}"
-    response = ApiError(error.status_code, kind, said).response()
-    response.headers.update(error.headers or {})
-    if error.status_code == 405:
-        response.headers["Allow"] = _allowed_methods(request)
-    return response
+        said = f"{path} must be called with {headers['Allow']}, got {request.method}"
+    return ApiError(error.status_code, kind, said, headers=headers).response()
 
 
 def _allowed_methods(request: Request) -> str:
