@@ -67,8 +67,7 @@ class Access:
         origin = headers.get(b"origin")
         try:
             self._check_host(host)
-            is_other_page = origin is not None and origin.partition("://")[2].lower() != host.lower()
-            if origin is not None and is_other_page:
+            if origin is not None and origin.partition("://")[2].lower() != host.lower():
                 self._check_origin(origin)
                 send = _sharing_with(origin, send)
                 if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:

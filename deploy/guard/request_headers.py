@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from python_multipart.multipart import parse_options_header
 
-from deploy.http.errors import ApiError, bad_request
+from deploy.http.errors import bad_request, unsupported_media_type
 
 REQUEST_ID = b"x-request-id"
 MAX_CONTENT_TYPE_BYTES = 1_024
@@ -47,17 +47,21 @@ def check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
         raise bad_request("x-request-id must be at most 128 letters, digits and the characters . _ : -")
     encoding = given.get(b"content-encoding", b"identity").strip().lower()
     if encoding != b"identity":
-        raise _unsupported(f"Content-Encoding must be identity, got {_shown(encoding)}; send the plain bytes")
+        raise unsupported_media_type(
+            f"Content-Encoding must be identity, got {_shown(encoding)}; send the plain bytes"
+        )
     transfer = given.get(b"transfer-encoding", b"chunked").strip().lower()
     if transfer != b"chunked":
-        raise _unsupported(f"Transfer-Encoding must be chunked, got {_shown(transfer)}; send the plain bytes")
+        raise unsupported_media_type(
+            f"Transfer-Encoding must be chunked, got {_shown(transfer)}; send the plain bytes"
+        )
     content_type = given.get(b"content-type", b"")
     if len(content_type) > MAX_CONTENT_TYPE_BYTES:
         raise bad_request(f"content-type must have at most {MAX_CONTENT_TYPE_BYTES} bytes")
     _, parameters = parse_options_header(content_type)
     charset = parameters.get(b"charset", b"utf-8").strip().lower()
     if charset not in (b"utf-8", b"utf8"):
-        raise _unsupported(f"the charset of Content-Type must be utf-8, got {_shown(charset)}")
+        raise unsupported_media_type(f"the charset of Content-Type must be utf-8, got {_shown(charset)}")
 
 
 def for_serve(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -66,10 +70,6 @@ def for_serve(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes
     if not any(name == REQUEST_ID for name, _ in kept):
         kept.append((REQUEST_ID, secrets.token_hex(16).encode()))
     return kept
-
-
-def _unsupported(message: str) -> ApiError:
-    return ApiError(415, "unsupported_media_type", message)
 
 
 def _shown(value: bytes) -> str:

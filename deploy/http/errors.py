@@ -74,6 +74,10 @@ def bad_request(message: str) -> ApiError:
     return ApiError(400, "bad_request", message)
 
 
+def unsupported_media_type(message: str) -> ApiError:
+    return ApiError(415, "unsupported_media_type", message)
+
+
 BEING_SERVED = "requests are being served"
 """In the message of `full`, by which the front knows it."""
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BeforeValidator, GetCoreSchemaHandler, InstanceOf, ValidationInfo, WithJsonSchema
 
 from blip2_actor import FetchPolicy
-from deploy.http.errors import ApiError, bad_request
+from deploy.http.errors import ApiError, bad_request, unsupported_media_type
 from deploy.http.lanes import in_lane
 
 URLENCODED = "application/x-www-form-urlencoded"
@@ -139,19 +139,15 @@ def raw_image(media: str, body: bytes) -> bytes:
             all of them the content type of `--data-binary`.
     """
     if re.match(rb"\s*[{\[]", body):
-        raise _unsupported("Content-Type must be application/json for JSON, as with curl -H")
+        raise unsupported_media_type("Content-Type must be application/json for JSON, as with curl -H")
     if media != URLENCODED or not body or b"\0" in body:  # which every image has, and no form
         return body
     if re.match(rb"[\w.%+\[\]-]+=", body):
-        raise _unsupported(
+        raise unsupported_media_type(
             "Content-Type must be multipart/form-data for a form, as curl sends with -F; with --data-binary "
             "the body must be the bytes of an image"
         )
-    raise _unsupported(
+    raise unsupported_media_type(
         "body must be the bytes of an image, without a change; curl -d leaves out some: use "
         "--data-binary @photo.jpg, or -F image=@photo.jpg"
     )
-
-
-def _unsupported(message: str) -> ApiError:
-    return ApiError(415, "unsupported_media_type", message)

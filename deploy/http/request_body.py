@@ -23,7 +23,7 @@ from starlette.requests import Request
 
 from blip2_actor import FetchPolicy
 from deploy.guard.uploads import MAX_COMMAS
-from deploy.http.errors import ApiError, bad_request, explain, shorten
+from deploy.http.errors import bad_request, explain, shorten, unsupported_media_type
 from deploy.http.images import MAX_IMAGES, URLENCODED, raw_image, refuse_size
 from deploy.http.lanes import in_lane
 from deploy.http.options import OPTION_NAMES
@@ -73,8 +73,7 @@ async def read_body(
     if not taken.get(IMAGE if is_raw else media):
         *first, last = [kind for kind, is_taken in taken.items() if is_taken]
         kinds = f"{', '.join(first)} or {last}" if first else last
-        message = f"Content-Type must be {kinds}, got {media or 'none'!r}"
-        raise ApiError(415, "unsupported_media_type", message)
+        raise unsupported_media_type(f"Content-Type must be {kinds}, got {media or 'none'!r}")
     max_bytes = image_policy.max_bytes * max_bodies * (4 / 3 if is_json else 1) + MAX_TEXT_BYTES
     body = await _read_bounded(request, int(max_bytes))
 
