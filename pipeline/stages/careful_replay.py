@@ -8,16 +8,15 @@ run again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
 
 from blip2_actor import Result, Status
-from pipeline.rowset import RowSet
 from pipeline.stages.caption import CaptionStage, FinishedRows
-from pipeline.stages.coordinator import CallHistory
+from pipeline.stages.coordinator import MAX_DEATHS_ALONE, CallHistory
 from pipeline.stages.row_result import RowResult
 
 STEP_ROWS = 32
@@ -39,31 +38,25 @@ def replay(
         call: the name of the call, by which the coordinator knows it.
         coordinator: handle of the job's `Coordinator` actor; when it is stopping, no further step begins.
     """
-    order = [*(p for p in positions if p not in history.suspects), *sorted(history.suspects & {*positions})]
-    for step in steps(order, RowSet(history.run_alone)):
+    for step in steps(positions, history.deaths_alone):
         if ray.get(coordinator.is_stopping.remote()):
             return
-        if step[0] in history.failed:
+        if history.deaths_alone.get(step[0], 0) >= MAX_DEATHS_ALONE:
             yield [(step[0], _failed())]
             continue
-        ray.get(coordinator.begin_step.remote(call, step[0], step[-1] + 1))
+        ray.get(coordinator.begin_step.remote(call, step))
         yield [row for piece in stage.finish_rows(table, step) for row in piece]
 
 
-def steps(positions: Sequence[int], run_alone: RowSet) -> Iterator[list[int]]:
-    """Yield runs of at most `STEP_ROWS` neighboring positions; those in `run_alone` come one by one."""
-    step: list[int] = []
-    for position in positions:
-        is_full = len(step) == STEP_ROWS
-        if step and (is_full or position in run_alone or position != step[-1] + 1):
-            yield step
-            step = []
-        step.append(position)
-        if position in run_alone:
-            yield step
-            step = []
-    if step:
-        yield step
+def steps(positions: Sequence[int], deaths_alone: Mapping[int, int]) -> Iterator[Sequence[int]]:
+    """Yield the positions that run together: `STEP_ROWS` of those that are not in `deaths_alone`.
+
+    The others run alone. Those that have died alone come last: another row may show that the device works.
+    """
+    yield from ([position] for position in positions if deaths_alone.get(position) == 0)
+    together = [position for position in positions if position not in deaths_alone]
+    yield from (together[start : start + STEP_ROWS] for start in range(0, len(together), STEP_ROWS))
+    yield from ([position] for position in positions if deaths_alone.get(position, 0) > 0)
 
 
 def _failed() -> RowResult:

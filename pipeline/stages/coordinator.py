@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,12 +50,8 @@ class CallHistory:
     """1 for a call that has never died."""
     finished: tuple[Range, ...]
     """Positions that reached a fragment in an earlier run."""
-    run_alone: tuple[Range, ...]
-    """Positions of which one has killed the process: each must run alone."""
-    suspects: frozenset[int]
-    """Positions that have died alone once; they come last, so that another row shows if the device works."""
-    failed: frozenset[int]
-    """Positions that get the status `failed` instead of another run."""
+    deaths_alone: Mapping[int, int]
+    """The positions of which one has killed the process, each with how often it has done so alone."""
     receipts: tuple[Receipt, ...]
     """The receipts of the finished positions."""
 
@@ -65,29 +61,21 @@ class _Call:
     """A call that has started and not ended."""
 
     num_starts: int = 0
-    step: Range | None = None
+    step: Sequence[int] = ()
     """Positions that run with nothing else in their process."""
     finished: RowSet = field(default_factory=RowSet)
-    run_alone: RowSet = field(default_factory=RowSet)
     deaths_alone: dict[int, int] = field(default_factory=dict)
     receipts: list[Receipt] = field(default_factory=list)
 
     def start(self) -> CallHistory:
         """Note a start; a step that has begun and not been written has died."""
         self.num_starts += 1
-        if self.step is not None:
-            start, stop = self.step
-            if stop - start == 1:
-                self.deaths_alone[start] = self.deaths_alone.get(start, 0) + 1
-            self.run_alone.add(start, stop)
-            self.step = None
+        died_alone = 1 if len(self.step) == 1 else 0
+        for position in self.step:
+            self.deaths_alone[position] = self.deaths_alone.get(position, 0) + died_alone
+        self.step = ()
         return CallHistory(
-            num_starts=self.num_starts,
-            finished=tuple(self.finished),
-            run_alone=tuple(self.run_alone),
-            suspects=frozenset(row for row, n in self.deaths_alone.items() if n < MAX_DEATHS_ALONE),
-            failed=frozenset(row for row, n in self.deaths_alone.items() if n >= MAX_DEATHS_ALONE),
-            receipts=tuple(self.receipts),
+            self.num_starts, tuple(self.finished), dict(self.deaths_alone), tuple(self.receipts)
         )
 
 
@@ -156,10 +144,10 @@ class Coordinator:
             REPLAYED_CALLS.inc()
         return history
 
-    def begin_step(self, call: str, start: int, stop: int) -> None:
-        """Note that the positions from start (included) to stop (excluded) now run alone in their process."""
+    def begin_step(self, call: str, positions: Sequence[int]) -> None:
+        """Note that these positions now run with nothing else in their process."""
         if call in self._calls:
-            self._calls[call].step = (start, stop)
+            self._calls[call].step = positions
 
     def wrote(
         self, call: str, positions: Sequence[Range], receipts: Sequence[Receipt], device: Device
@@ -170,7 +158,7 @@ class Coordinator:
             self._failures.has_worked(device)
         if call in self._calls:
             state = self._calls[call]
-            state.step = None
+            state.step = ()
             state.finished.update(positions)
             state.receipts.extend(receipts)
 
@@ -183,12 +171,11 @@ class Coordinator:
         DEVICE_FAILURES.inc()
         alone = None
         for call in calls:
-            step = self._calls[call].step if call in self._calls else None
-            if step is not None:
-                start, stop = step
-                if stop - start > 1:
-                    return
-                alone = (call, start)
+            step = self._calls[call].step if call in self._calls else ()
+            if len(step) > 1:
+                return
+            if step:
+                alone = (call, step[0])
         self._failures.add(device, reason, alone)
 
     def end_call(self, call: str) -> None:

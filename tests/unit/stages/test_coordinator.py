@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.inputs.reader import ShardReport
-from pipeline.rowset import RowSet
+from pipeline.rowset import RowSet, ranges_of
 from pipeline.stages.careful_replay import STEP_ROWS, steps
-from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.coordinator import MAX_DEATHS_ALONE, Coordinator
 from pipeline.stages.device_health import Device
 from pipeline.stages.receipts import Receipt
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
@@ -49,28 +49,27 @@ def test_a_call_that_died_starts_again_with_what_it_had_written():
     coordinator.wrote("call", [(0, 2)], [receipt], DEVICE)
     history = coordinator.begin_call("call")
     assert (history.num_starts, history.finished, history.receipts) == (2, ((0, 2),), (receipt,))
-    assert (history.run_alone, history.failed) == ((), frozenset())
+    assert history.deaths_alone == {}
 
 
 def test_rows_that_ran_together_must_run_alone_and_a_row_fails_at_its_second_death_alone():
     coordinator = Coordinator()
     coordinator.begin_call("call")
     coordinator.begin_call("call")
-    coordinator.begin_step("call", 4, 8)
-    assert coordinator.begin_call("call").run_alone == ((4, 8),)
-    for row in (4, 6):  # a death while it ran with others does not count
-        coordinator.begin_step("call", row, row + 1)
-        assert coordinator.begin_call("call").failed == frozenset()
-    coordinator.begin_step("call", 6, 7)
-    assert coordinator.begin_call("call").failed == {6}
+    coordinator.begin_step("call", [4, 5, 6, 7])  # a death while it ran with others does not count
+    assert coordinator.begin_call("call").deaths_alone == {4: 0, 5: 0, 6: 0, 7: 0}
+    for row in (4, 6, 6):
+        coordinator.begin_step("call", [row])
+        history = coordinator.begin_call("call")
+    assert history.deaths_alone == {4: 1, 5: 0, 6: MAX_DEATHS_ALONE, 7: 0}
 
 
 def test_rows_that_were_written_need_not_run_alone():
     coordinator = Coordinator()
     coordinator.begin_call("call")
-    coordinator.begin_step("call", 0, 4)
+    coordinator.begin_step("call", [0, 1, 2, 3])
     coordinator.wrote("call", [(0, 4)], [], DEVICE)
-    assert coordinator.begin_call("call").run_alone == ()
+    assert coordinator.begin_call("call").deaths_alone == {}
 
 
 def run_until_done(killers: set[int], num_rows: int) -> tuple[set[int], int]:
@@ -83,14 +82,14 @@ def run_until_done(killers: set[int], num_rows: int) -> tuple[set[int], int]:
     for deaths in range(1, 100):
         history = coordinator.begin_call("call")
         todo = [row for row in range(num_rows) if row not in RowSet(history.finished)]
-        for step in steps(todo, RowSet(history.run_alone)):
-            if step[0] in history.failed:
+        for step in steps(todo, history.deaths_alone):
+            if history.deaths_alone.get(step[0], 0) >= MAX_DEATHS_ALONE:
                 failed.add(step[0])
             else:
-                coordinator.begin_step("call", step[0], step[-1] + 1)
+                coordinator.begin_step("call", step)
                 if killers & set(step):
                     break
-            coordinator.wrote("call", [(step[0], step[-1] + 1)], [], DEVICE)
+            coordinator.wrote("call", list(ranges_of(step)), [], DEVICE)
         else:
             return failed, deaths
     raise AssertionError("the call never ends")
@@ -103,10 +102,9 @@ def test_only_the_rows_that_kill_fail():
     assert deaths <= 1 + 4 * 3
 
 
-def test_steps_are_runs_of_neighbors_and_some_rows_run_alone():
-    todo = [0, 1, 2, 5, 6, 7]
-    assert list(steps(todo, RowSet([(1, 2), (6, 8)]))) == [[0], [1], [2], [5], [6], [7]]
-    assert [len(step) for step in steps(range(80), RowSet())] == [STEP_ROWS, STEP_ROWS, 16]
+def test_blamed_rows_run_alone_and_those_that_have_died_alone_come_last():
+    assert list(steps([0, 1, 2, 5, 6, 7], {1: 1, 2: 0, 6: 0})) == [[2], [6], [0, 5, 7], [1]]
+    assert [len(step) for step in steps(range(80), {})] == [STEP_ROWS, STEP_ROWS, 16]
 
 
 def test_receipts_are_returned_once_and_a_silent_worker_ages():
