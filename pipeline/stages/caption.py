@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -35,7 +37,7 @@ from pipeline.settings.outputs import CONFIDENCE
 from pipeline.stages.decode import PIXELS, TRUNCATED, TRUNCATED_FLAG
 from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
 from pipeline.stages.engine_fault import engine_faults
-from pipeline.stages.pending_row import Deadline, Pending, PendingRow, are_done
+from pipeline.stages.pending_row import Pending, PendingRow
 from pipeline.stages.result_cache import ResultCache
 from pipeline.stages.row_result import RowResult, columns_of
 from pipeline.stages.worker_exit import exit_without_destructors
@@ -96,7 +98,7 @@ class CaptionStage:
         table: pa.Table,
         positions: Sequence[int],
         piece_rows: int | None = None,
-        piece_s: float | None = None,
+        piece_s: float = threading.TIMEOUT_MAX,
     ) -> Iterator[FinishedRows]:
         """Submit rows at once and yield them in order, in pieces, as they finish.
 
@@ -104,21 +106,21 @@ class CaptionStage:
 
         Args:
             positions: the rows of the table to caption.
-            piece_rows: yield a piece when it has this many rows.
-            piece_s: yield a piece, possibly an empty one, after this many seconds.
+            piece_rows: yield a piece when it has this many rows; default: never.
+            piece_s: yield a piece, possibly an empty one, after this many seconds; default: never.
 
         Raises:
             EngineFault: the engine itself has failed. A bad row is a result, never an exception.
         """
         waiting: deque[PendingRow] = deque()
         piece: list[PendingRow] = []
-        deadline = Deadline(piece_s)
+        due = time.monotonic() + piece_s
         try:
             waiting.extend(self._submit(table, positions))
             while waiting:
-                while len(piece) == piece_rows or not are_done(waiting[0].pending, deadline):
+                while len(piece) == piece_rows or not waiting[0].is_done_by(due):
                     yield self._finish(table, piece)
-                    piece, deadline = [], Deadline(piece_s)
+                    piece, due = [], time.monotonic() + piece_s
                 row = waiting.popleft()
                 row.collect()
                 piece.append(row)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -40,40 +39,25 @@ class PendingRow:
         """
         self.results = [_result(pending) for pending in self.pending]
 
+    def is_done_by(self, due: float) -> bool:
+        """Wait for the results and return True, or return False when a monotonic clock has reached `due`.
+
+        Returns False then even if all results are there: otherwise a steady stream of results would never be
+        handed on.
+        """
+        for pending in self.pending:
+            left_s = due - time.monotonic()
+            if left_s <= 0:
+                return False
+            if isinstance(pending, Future) and not (pending.done() or wait([pending], left_s).done):
+                return False
+        return True
+
     def cancel(self) -> None:
         """Cancel the requests that are still running."""
         for pending in self.pending:
             if isinstance(pending, Future):
                 pending.cancel()
-
-
-class Deadline:
-    """A point in time, or never."""
-
-    def __init__(self, after_s: float | None) -> None:
-        """Set the deadline to a number of seconds from now; None means never."""
-        self._at = None if after_s is None else time.monotonic() + after_s
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds left, at least 0; None for never."""
-        return None if self._at is None else max(0.0, self._at - time.monotonic())
-
-
-def are_done(pending: Sequence[Pending], deadline: Deadline) -> bool:
-    """Wait for results and return True, or return False when the deadline has passed.
-
-    Returns False after the deadline even if all results are there: otherwise a steady stream of results would
-    never be handed on.
-    """
-    for one in pending:
-        left_s = deadline.left_s
-        if left_s == 0:
-            return False
-        is_done = isinstance(one, Result) or one.done() or wait([one], left_s).done
-        if not is_done:
-            return False
-    return True
 
 
 def _result(pending: Pending) -> Result:
