@@ -7,20 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 STAGES = ("decode", "caption", "write")
 """The stages whose busy seconds are measured, in the order of the rows."""
 
 
-class WorkerLoad(Protocol):
+@dataclass(frozen=True)
+class WorkerLoad:
     """How busy one worker of a stage was."""
 
-    @property
-    def busy_s(self) -> float: ...
-
-    @property
-    def alive_s(self) -> float: ...
+    busy_s: float
+    alive_s: float
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ def end_named_by(news: News) -> Stopped | None:
     for failure in news.failures:
         if failure.is_last:
             return DeviceLeftOut(failure.device)
-    for report in news.troubles:
-        if isinstance(report.trouble, KeyRefused):
-            waited = f"{report.trouble.state} for {duration(KEY_PATIENCE_S)}"
+    for trouble in news.troubles:
+        if isinstance(trouble, KeyRefused):
+            waited = f"{trouble.state} for {duration(KEY_PATIENCE_S)}"
             return Stopped(
                 f"the endpoint has been {waited}; finished work is kept; allow the key again, or give "
                 "another with --endpoint-key-file, and run the same command to resume"

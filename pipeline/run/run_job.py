@@ -28,7 +28,7 @@ from pipeline.run.cluster import connected
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
 from pipeline.stages.device_health import DeviceLeftOut
-from pipeline.stages.storage_trouble import WorkerTrouble, describe
+from pipeline.stages.storage_trouble import describe
 from pipeline.storage.retrying import Trouble, listen
 from pipeline.watch.members import Members
 from pipeline.watch.view import CAPTIONING, DECODING
@@ -201,7 +201,7 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
     def say(trouble: Trouble | None) -> bool:
         nonlocal said
         stop.store_fails = trouble is not None
-        phrase = None if trouble is None else describe([WorkerTrouble(trouble, 0)])
+        phrase = None if trouble is None else describe([trouble])
         if phrase and time.monotonic() - said >= LOG_EVERY_S:
             said = time.monotonic()
             console.warn(phrase)

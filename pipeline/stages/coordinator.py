@@ -21,15 +21,16 @@ from typing import Any
 import ray
 
 from blip2_actor import Status
+from pipeline.attempts.attempt import WorkerLoad
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import store_shard_report
 from pipeline.metrics import DEVICE_FAILURES, REPLAYED_CALLS, STAGE_BUSY_S, STAGE_WORKERS, label_with_run
 from pipeline.rowset import Range, RowSet
 from pipeline.stages.device_health import Device, DeviceFailure, DeviceFailures
 from pipeline.stages.receipts import Receipt
-from pipeline.stages.storage_trouble import WorkerTrouble
 from pipeline.stages.worker_log import tell_origins
 from pipeline.storage.folder import Folder
+from pipeline.storage.retrying import Trouble
 
 MAX_DEATHS_ALONE = 2
 """Deaths of the process while a row runs alone, after which the row fails. One death may be chance: a node
@@ -80,14 +81,6 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class Load:
-    """How busy one worker of a stage was."""
-
-    busy_s: float
-    alive_s: float
-
-
-@dataclass(frozen=True)
 class News:
     """What the driver asks for about once a second."""
 
@@ -95,9 +88,9 @@ class News:
     """Since the last news; they appear here long before the captioning calls that wrote them end."""
     shard_reports: list[ShardReport]
     """Since the last news: how reading some shards ended."""
-    loads: dict[str, dict[str, Load]]
+    loads: dict[str, dict[str, WorkerLoad]]
     """By stage and worker."""
-    troubles: list[WorkerTrouble]
+    troubles: list[Trouble]
     """Of the workers whose requests fail now."""
     failures: list[DeviceFailure]
     """Of devices, since the last news."""
@@ -107,16 +100,6 @@ class News:
     """What workers have quantized, and how many of them since the start."""
     starting: tuple[str, ...] = ()
     """What the captioning workers do that are not ready, those that have spoken last at the end."""
-
-
-@dataclass(frozen=True)
-class _Trouble:
-    """What a worker has told of a store that fails."""
-
-    since: float
-    """Seconds of a monotonic clock, like `told`."""
-    told: float
-    report: WorkerTrouble
 
 
 class Coordinator:
@@ -130,7 +113,8 @@ class Coordinator:
         self._loads: dict[str, dict[str, tuple[float, float]]] = {}
         self._new_receipts: list[Receipt] = []
         self._new_reports: list[ShardReport] = []
-        self._troubles: dict[str, _Trouble] = {}
+        self._troubles: dict[str, tuple[float, Trouble]] = {}
+        """Of each worker, and when it has told it."""
         self._failures = DeviceFailures()
         self._warnings: dict[tuple[str, str], int] = {}
         self._quantization: dict[str, str] = {}
@@ -226,15 +210,14 @@ class Coordinator:
         """Note what a worker has quantized."""
         self._quantization[worker] = summary
 
-    def report_trouble(self, worker: str, report: WorkerTrouble | None) -> bool:
+    def report_trouble(self, worker: str, trouble: Trouble | None) -> bool:
         """Note that the requests of a worker fail, or no longer; return whether it should go on trying."""
-        before = self._troubles.pop(worker, None)
-        if report is not None:
+        told, before = self._troubles.pop(worker, (0.0, None))
+        if trouble is not None:
             now = time.monotonic()
-            since = now - report.trouble.seconds
             if before is not None:  # Several requests of a worker may fail at the same time.
-                since = min(since, before.since)
-            self._troubles[worker] = _Trouble(since, now, report)
+                trouble = replace(trouble, seconds=max(trouble.seconds, before.seconds + now - told))
+            self._troubles[worker] = now, trouble
         return not self._stopping
 
     def news(self) -> News:
@@ -245,13 +228,13 @@ class Coordinator:
         for stage, workers in self._loads.items():  # always: Ray drops a gauge that is not set for 20 s
             STAGE_WORKERS.set(len(workers), {"stage": stage})
         loads = {
-            stage: {worker: Load(busy_s, now - born_s) for worker, (busy_s, born_s) in workers.items()}
+            stage: {worker: WorkerLoad(busy_s, now - born_s) for worker, (busy_s, born_s) in workers.items()}
             for stage, workers in self._loads.items()
         }
         troubles = [
-            replace(known.report, trouble=replace(known.report.trouble, seconds=now - known.since))
-            for known in self._troubles.values()
-            if now - known.told < TROUBLE_LASTS_S
+            replace(trouble, seconds=trouble.seconds + now - told)
+            for told, trouble in self._troubles.values()
+            if now - told < TROUBLE_LASTS_S
         ]
         warnings: Counter[str] = Counter()
         for (_, text), number in self._warnings.items():

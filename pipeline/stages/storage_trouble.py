@@ -7,7 +7,7 @@ driver fetches what all workers say, and shows one sentence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -22,14 +22,6 @@ ANSWER_S = 5.0
 """How long a worker waits for the coordinator; then it goes on trying."""
 
 
-@dataclass(frozen=True)
-class WorkerTrouble:
-    """A request of a worker that fails, and how many finished rows wait for it."""
-
-    trouble: Trouble
-    num_held: int
-
-
 def tell_coordinator(coordinator: Any, count_held: Callable[[], int] = int) -> None:
     """Let the coordinator know while requests of this process fail; label its metrics and its log.
 
@@ -42,25 +34,26 @@ def tell_coordinator(coordinator: Any, count_held: Callable[[], int] = int) -> N
     worker = worker_name()
 
     def tell(trouble: Trouble | None) -> bool:
-        report = None if trouble is None else WorkerTrouble(trouble, count_held())
-        if trouble is not None and trouble.is_new:
-            STORE_RETRIES.inc(1, {"place": trouble.place})
+        if trouble is not None:
+            trouble = replace(trouble, num_held=count_held())
+            if trouble.is_new:
+                STORE_RETRIES.inc(1, {"place": trouble.place})
         try:
-            return ray.get(coordinator.report_trouble.remote(worker, report), timeout=ANSWER_S)
+            return ray.get(coordinator.report_trouble.remote(worker, trouble), timeout=ANSWER_S)
         except ray.exceptions.GetTimeoutError:
             return True
 
     listen(tell)
 
 
-def describe(reports: Sequence[WorkerTrouble]) -> str | None:
+def describe(troubles: Sequence[Trouble]) -> str | None:
     """Return one phrase about the request that has failed for longest, or None if all is well.
 
     A request that succeeds at the second or third try is not worth a word.
     """
-    worst = max((report.trouble for report in reports), key=lambda trouble: trouble.seconds, default=None)
+    worst = max(troubles, key=lambda trouble: trouble.seconds, default=None)
     if worst is None or worst.seconds < SAID_AFTER_S:
         return None
     phrase = f"{worst.place} has been {worst.state} for {duration(worst.seconds)}; waiting"
-    num_held = sum(report.num_held for report in reports)
+    num_held = sum(trouble.num_held for trouble in troubles)
     return f"{phrase}, {count(num_held, 'row')} held" if num_held else phrase

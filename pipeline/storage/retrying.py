@@ -54,6 +54,8 @@ class Trouble:
     """For how long it has failed."""
     is_new: bool = False
     """Whether a try has failed just now; False while the next one is awaited."""
+    num_held: int = 0
+    """Finished rows that wait for the request."""
 
 
 Listener: TypeAlias = Callable[[Trouble | None], bool]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.attempts.attempt import Attempt, Attempts, Point
+from pipeline.attempts.attempt import Attempt, Attempts, Point, WorkerLoad
 from pipeline.attempts.environment import command_line
 from pipeline.attempts.log import MAX_FIRST, MAX_LAST, AttemptLog
 from pipeline.attempts.recorder import recorded
@@ -26,7 +26,7 @@ from pipeline.ledger.layout import ATTEMPTS, LOGS
 from pipeline.progress import Console, choose_style
 from pipeline.report.pace import UNKNOWN, attempt_lines, total_line
 from pipeline.run.bottleneck import TOO_SHORT
-from pipeline.stages.coordinator import Coordinator, Load
+from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.worker_messages import MAX_TEXTS, WarningCounter
 from pipeline.storage.folder import Folder
 
@@ -132,9 +132,9 @@ def test_a_recorder_writes_from_the_start_and_says_how_the_attempt_ended(tmp_pat
         assert first.reason is None and first.versions["python"] and first.model == "m"
         record.end_phase("open the output")
         record.note(0, {}, {}, {})
-        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {"w": 1}, {"int8: all": 1})
+        record.note(3, {"caption": {"a": WorkerLoad(1.0, 0.0)}}, {"w": 1}, {"int8: all": 1})
         record.begin_driver()
-        record.note(4, {"caption": {"b": Load(2.0, 0.0)}}, {"w": 2}, {"int8: all": 2})
+        record.note(4, {"caption": {"b": WorkerLoad(2.0, 0.0)}}, {"w": 2}, {"int8: all": 2})
         raise StoppedBySignal(signal.SIGTERM)
     (last,) = read_attempts(folder)
     assert (last.rows, last.points[-1].busy_s, last.warnings) == (7, {"caption": 3.0}, {"w": 3})
@@ -192,7 +192,7 @@ def test_an_attempt_knows_those_before_it_and_totals_count_all(tmp_path):
     with recorded(folder, is_begun=True, run="digest") as record:
         earlier = record.earlier
         assert ([a.id for a in earlier], earlier.shard_rows) == (["0001"], 50.0)
-        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {}, {}, shard_rows=60.0)
+        record.note(3, {"caption": {"a": WorkerLoad(1.0, 0.0)}}, {}, {}, shard_rows=60.0)
     assert (record.all.rows, record.all.shard_rows) == (earlier.rows + 3, 60.0)
     assert record.all.rows == read_attempts(folder).rows
     said = total_line(record.all)

@@ -2,14 +2,14 @@
 
 import pytest
 
+from pipeline.attempts.attempt import WorkerLoad
 from pipeline.run.bottleneck import TOO_SHORT, Existences, Machines, busy_fractions, describe_bottleneck
-from pipeline.stages.coordinator import Load
 
 TWO_CORES = Machines(num_cpus=2, num_accelerators=0, num_workers={"caption": 1, "decode": 2})
 
 
 def test_the_busiest_stage_is_the_bottleneck_and_reading_when_none_is_busy():
-    loads = {"decode": {"a": Load(1, 10), "b": Load(3, 10)}, "caption": {"c": Load(9, 10)}}
+    loads = {"decode": {"a": WorkerLoad(1, 10), "b": WorkerLoad(3, 10)}, "caption": {"c": WorkerLoad(9, 10)}}
     busy = busy_fractions(loads)
     assert busy == {"decode": 0.2, "caption": 0.9}
     assert describe_bottleneck(busy, 60, TWO_CORES).startswith("bottleneck: caption, busy 90%")
@@ -46,9 +46,9 @@ def test_a_worker_that_is_gone_counts_no_longer_as_one_with_nothing_to_do():
     existences = Existences()
     for second in range(1, 101):
         busy_s = {"a-1": min(second, 10.0), "b-1": max(0.0, second - 10.0)}
-        loads = {"caption": {worker: Load(busy_s[worker], float(second)) for worker in busy_s}}
+        loads = {"caption": {worker: WorkerLoad(busy_s[worker], float(second)) for worker in busy_s}}
         at_work = {"a-1", "b-1"} if second <= 10 else {"b-1"}
         found = existences.end(loads, at_work)
-    assert found["caption"] == {"a-1": Load(10.0, 11.0), "b-1": Load(90.0, 100.0)}
+    assert found["caption"] == {"a-1": WorkerLoad(10.0, 11.0), "b-1": WorkerLoad(90.0, 100.0)}
     assert existences.end(loads, ()) == found, "at the end the others are let go"
     assert Existences().end(loads, ()) == loads

@@ -14,7 +14,6 @@ from pipeline.exit_status import ExitStatus, status_of
 from pipeline.run.failure import describe_failure, end_named_by
 from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.device_health import MAX_FAILURES, Device, DeviceLeftOut
-from pipeline.stages.storage_trouble import WorkerTrouble
 from pipeline.storage.retrying import Trouble
 
 TRACE = """ray::MapWorker(MapBatches(WriteStage)).submit() (pid=7, ip=10.0.0.1)
@@ -79,7 +78,7 @@ def test_a_job_ends_when_its_endpoint_refuses_the_key_for_long():
     coordinator = Coordinator()
 
     def told(trouble: Trouble) -> Stopped | None:
-        coordinator.report_trouble("worker", pickle.loads(pickle.dumps(WorkerTrouble(trouble, 3))))
+        coordinator.report_trouble("worker", pickle.loads(pickle.dumps(trouble)))
         return end_named_by(coordinator.news())
 
     assert told(Trouble("endpoint", "out of reach (http://web is gone)", 9999.0)) is None

@@ -12,7 +12,7 @@ from pipeline.stages.careful_replay import STEP_ROWS, steps
 from pipeline.stages.coordinator import MAX_DEATHS_ALONE, Coordinator
 from pipeline.stages.device_health import Device
 from pipeline.stages.receipts import Receipt
-from pipeline.stages.storage_trouble import WorkerTrouble, describe
+from pipeline.stages.storage_trouble import describe
 from pipeline.stages.worker_messages import telling_start
 from pipeline.storage.retrying import Trouble
 
@@ -126,8 +126,8 @@ def test_receipts_are_returned_once_and_a_silent_worker_ages():
 
 def test_trouble_is_known_until_it_ends_and_a_stop_ends_the_tries():
     coordinator = Coordinator()
-    full = WorkerTrouble(Trouble("output", "full", 40.0), num_held=1200)
-    young = WorkerTrouble(Trouble("input", "failing (503)", 3.0), num_held=0)
+    full = Trouble("output", "full", 40.0, num_held=1200)
+    young = Trouble("input", "failing (503)", 3.0)
     assert coordinator.report_trouble("a", full) and coordinator.report_trouble("b", young)
     assert describe(coordinator.news().troubles) == (
         "output has been full for 40 s; waiting, 1,200 rows held"
