@@ -31,8 +31,8 @@ from pipeline.ledger.layout import (
     parse_state_name,
     shard_report_name,
 )
-from pipeline.rowset import RowSet, ranges_of
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, at_once
+from pipeline.rowset import Range, RowSet, ranges_of
+from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder, WrittenFile
 
 DIGEST_CHARS = 16
@@ -126,11 +126,6 @@ def read_fragment(folder: Folder, name: str) -> pa.Table | None:
     return pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
 
-def read_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[pa.Table | None]:
-    """Read several fragments at the same time."""
-    return at_once(lambda fragment: read_fragment(folder, fragment.name), fragments)
-
-
 def parse_fragment(name: str) -> Fragment | None:
     """Return what the name of a file says, relative to the output, or None when it is no fragment."""
     folder, _, last = name.rpartition("/")
@@ -183,12 +178,13 @@ def rows_in(folder: Folder, fragments: Mapping[str, Iterable[Fragment]]) -> dict
                 with_gaps.append(fragment)
             else:
                 finished[shard].add(fragment.first, fragment.last + 1)
-    # In batches, so that the rows of all fragments never are in memory together.
-    for start in range(0, len(with_gaps), MAX_CONCURRENT_REQUESTS):
-        batch = with_gaps[start : start + MAX_CONCURRENT_REQUESTS]
-        for fragment, rows in zip(batch, read_fragments(folder, batch), strict=True):
-            if rows is not None:
-                finished[fragment.shard].update(ranges_of(rows["row"].to_pylist()))
+
+    def ranges_in(fragment: Fragment) -> list[Range]:
+        rows = read_fragment(folder, fragment.name)
+        return [] if rows is None else list(ranges_of(rows["row"].to_pylist()))
+
+    for fragment, ranges in zip(with_gaps, at_once(ranges_in, with_gaps), strict=True):
+        finished[fragment.shard].update(ranges)
     return finished
 
 

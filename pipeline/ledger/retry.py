@@ -21,7 +21,7 @@ from pipeline.ledger.scan import OutputState, ShardProgress, unfinished
 from pipeline.ledger.summaries import load_summaries
 from pipeline.progress import count
 from pipeline.rowset import RowSet
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, at_once
+from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying_file import read_file
 
@@ -91,14 +91,12 @@ def to_retry(folder: Folder, run: Run, state: OutputState, choice: RowChoice) ->
     concerned = [summary for summary in summaries if choice.concerns(summary)]
     in_fragments = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in concerned})
     progress = unfinished(folder, run, state)
-    # In batches, so that the keys of all shards never are in memory together.
-    for start in range(0, len(concerned), MAX_CONCURRENT_REQUESTS):
-        batch = concerned[start : start + MAX_CONCURRENT_REQUESTS]
-        for summary, done in zip(batch, at_once(partial(_others, folder, choice), batch), strict=True):
-            if not choice.is_all and done.covers(summary.num_rows):
-                continue
-            done.update(in_fragments[summary.shard])
-            progress.append(ShardProgress(by_name[summary.shard], done, report_of(summary)))
+    others = at_once(partial(_others, folder, choice), concerned)
+    for summary, done in zip(concerned, others, strict=True):
+        if not choice.is_all and done.covers(summary.num_rows):
+            continue
+        done.update(in_fragments[summary.shard])
+        progress.append(ShardProgress(by_name[summary.shard], done, report_of(summary)))
     return progress
 
 

@@ -23,7 +23,7 @@ from pipeline.cli.main import main
 from pipeline.errors import InputError, OutputInUse
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.stamps import size_in
-from pipeline.ledger.fragments import read_fragments
+from pipeline.ledger.fragments import read_fragment
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.scan import scan_output
@@ -169,7 +169,7 @@ def captions_in(folder, fragments):
     """Return the captions that had reached the store."""
     return [
         caption
-        for rows in read_fragments(folder, fragments)
+        for rows in (read_fragment(folder, fragment.name) for fragment in fragments)
         if rows is not None
         for caption in rows["caption"].to_pylist()
     ]

@@ -17,7 +17,7 @@ import ray
 from blip2_actor.testing import captions_made
 from pipeline.attempts.attempt import STAGES
 from pipeline.attempts.store import read_attempts
-from pipeline.ledger.fragments import read_fragments
+from pipeline.ledger.fragments import read_fragment
 from pipeline.ledger.scan import scan_output
 from pipeline.report.pace import attempt_lines
 from pipeline.report.status import RunStatus
@@ -104,7 +104,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     finished_before = {
         caption
         for fragments in state.fragments.values()
-        for rows in read_fragments(folder, fragments)
+        for rows in (read_fragment(folder, fragment.name) for fragment in fragments)
         if rows is not None
         for caption in rows["caption"].to_pylist()
     }
