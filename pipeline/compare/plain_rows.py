@@ -110,7 +110,7 @@ def find_rows(uri: str) -> Rows:
         ValueError: it holds no run with a finished shard, and no Parquet files with the columns of one.
     """
     folder = Folder(uri)
-    plain = () if folder.exists(RUN_FILE) else tuple(sorted(filter(is_result, folder.names())))
+    plain = () if folder.file(RUN_FILE) else tuple(sorted(filter(is_result, folder.names())))
     if not plain:
         return FinishedRows.find(uri)
     rows = PlainRows(folder, plain)

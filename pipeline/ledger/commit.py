@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import IO
@@ -22,7 +22,6 @@ from blip2_actor import Status
 from pipeline.caption_counts import CaptionCounts
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import (
-    delete_files,
     delete_shard_files,
     list_shard_files,
     read_fragment,
@@ -112,10 +111,9 @@ def commit_shard(
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, pa.ArrowKeyError) as error:
         reason = f"the rows cannot be written as one table: {error}"
         logger.exception("Shard %s: %s", report.shard, reason)
-    if folder.exists(name):  # A retry that cannot be merged leaves the rows that are there.
-        there = read_summary(folder, report.shard)
-        if there.generation == report.generation:
-            return there
+    there = find_summary(folder, report.shard)
+    if there is not None and there.generation == report.generation:
+        return there  # A retry that cannot be merged leaves the rows that are there.
     summary = Summary(
         shard=report.shard, num_rows=0, complete=False, reason=reason, generation=report.generation
     )
@@ -154,7 +152,7 @@ def _commit(
     schema, row_groups = merge.schema or empty_schema, partial(merge.row_groups, num_rows)
     summary = _write(folder, name, schema, row_groups, metadata, summary)
     if report.changed:  # The next run must know.
-        delete_files(folder, [fragment.name for fragment in files.fragments])
+        folder.delete_files([fragment.name for fragment in files.fragments])
     else:
         # Rows past the end of a shard that was read less far are kept for a better reading.
         delete_shard_files(folder, files, num_rows, is_shared, summary.may_improve)
@@ -242,19 +240,6 @@ def _write(
         return replace(written, num_bytes=file.tell())
 
     return folder.put_made(name, write)
-
-
-def read_rows(folder: Folder, shard: str, columns: Sequence[str] | None = None) -> pa.Table | None:
-    """Return the rows of a finished shard, or None when it has no file.
-
-    Args:
-        columns: the columns to read; default: all.
-    """
-    name = output_name(shard)
-    if not folder.exists(name):
-        return None
-    rows = folder.read(name, lambda file: pq.ParquetFile(file).read(columns))
-    return rows.replace_schema_metadata(None)
 
 
 def read_summary(folder: Folder, shard: str) -> Summary:

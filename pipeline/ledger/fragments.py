@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -219,15 +219,9 @@ def delete_shard_files(
         if not folder.delete_at_once([*merged, *files.reports]):
             folder.erase(files.folder)
         return
-    delete_files(folder, merged)
-    delete_files(folder, files.reports)  # While fragments are left, a report says what to make of them.
+    folder.delete_files(merged)
+    folder.delete_files(files.reports)  # While fragments are left, a report says what to make of them.
     folder.drop_if_empty(files.folder)
-
-
-def delete_files(folder: Folder, names: Sequence[str]) -> None:
-    """Delete files, by few requests or several at the same time."""
-    if names and not folder.delete_at_once(names):
-        at_once(folder.delete, names)
 
 
 def store_shard_report(folder: Folder, report: ShardReport) -> None:
@@ -238,12 +232,6 @@ def store_shard_report(folder: Folder, report: ShardReport) -> None:
             return
     name = shard_report_name(report.shard, report.generation, report.changed)
     folder.put(name, json.dumps(asdict(report)).encode())
-
-
-def load_shard_report(folder: Folder, shard: str, generation: int) -> ShardReport | None:
-    """Return the latest report of a shard, or None when there is none."""
-    name = list_shard_files(folder, shard, generation).report
-    return None if name is None else read_shard_report(folder, name)
 
 
 def read_shard_report(folder: Folder, name: str) -> ShardReport | None:

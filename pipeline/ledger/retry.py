@@ -11,11 +11,13 @@ from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import Summary, read_rows
+from pipeline.ledger.commit import Summary
 from pipeline.ledger.fragments import rows_in
+from pipeline.ledger.layout import output_name
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState, ShardProgress, unfinished
 from pipeline.ledger.summaries import load_summaries
@@ -102,8 +104,8 @@ def to_retry(folder: Folder, run: Run, state: OutputState, choice: RowChoice) ->
 
 def _others(folder: Folder, choice: RowChoice, summary: Summary) -> RowSet:
     """Return the rows of a finished shard that are not chosen."""
-    rows = read_rows(folder, summary.shard, ["row", "status", *(() if choice.keys is None else ("key",))])
-    assert rows is not None
+    columns = ["row", "status"] if choice.keys is None else ["row", "status", "key"]
+    rows = folder.read(output_name(summary.shard), lambda file: pq.ParquetFile(file).read(columns))
     return choice.others(rows)
 
 

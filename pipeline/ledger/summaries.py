@@ -21,7 +21,6 @@ import pyarrow as pa
 
 from pipeline.caption_counts import CaptionCounts
 from pipeline.ledger.commit import Summary, read_summary
-from pipeline.ledger.fragments import delete_files
 from pipeline.ledger.layout import SUMMARIES
 from pipeline.ledger.scan import OutputState
 from pipeline.storage.filesystems import at_once
@@ -108,7 +107,7 @@ def tidy_summaries(
     to_keep = summaries if is_full else [summary for summary in summaries if summary.shard in unkept]
     keep_summaries(folder, (_of_file(summary, state.written[summary.shard]) for summary in to_keep))
     if is_full:
-        delete_files(folder, [file.name for file in state.summaries])
+        folder.delete_files([file.name for file in state.summaries])
 
 
 def _load_kept(folder: Folder, state: OutputState) -> dict[str, Summary]:

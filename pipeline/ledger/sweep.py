@@ -9,9 +9,8 @@ from dataclasses import replace
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary, read_summary
 from pipeline.ledger.fragments import (
-    delete_files,
     list_shard_files,
-    load_shard_report,
+    read_shard_report,
     read_shard_reports,
     store_shard_report,
 )
@@ -20,7 +19,7 @@ from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.retry import report_of
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState, unfinished
-from pipeline.ledger.summaries import keep_summaries
+from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder
 
 MAX_CONCURRENT_COMMITS = 8
@@ -48,17 +47,17 @@ def sweep(
     """
     names = {shard.name for shard in run.shards}
     if not is_slice:
-        delete_files(folder, [*state.leftovers, *state.unread_lists(run)])
+        folder.delete_files([*state.leftovers, *state.unread_lists(run)])
         state = replace(state, leftovers=(), shard_lists=(run.shard_list,))
     state = _move_old_reports(folder, state, names)
     reports = [p.report for p in unfinished(folder, run, state) if p.report is not None and p.is_complete]
     for shard in sorted(names & state.finished & (state.fragments.keys() | state.shard_reports.keys())):
-        report = _report_of_finished(folder, shard, shard in state.fragments)
+        report = _report_of_finished(folder, state, shard)
         if report is not None:
             reports.append(report)
     with ThreadPoolExecutor(MAX_CONCURRENT_COMMITS) as pool:
         committed = [summary for summary in pool.map(commit, reports) if summary is not None]
-    return _after_commits(folder, state, committed, keep_summaries(folder, committed))
+    return _after_commits(folder, state, committed)
 
 
 def _move_old_reports(folder: Folder, state: OutputState, shards: Set[str]) -> OutputState:
@@ -69,11 +68,11 @@ def _move_old_reports(folder: Folder, state: OutputState, shards: Set[str]) -> O
     for report in read_shard_reports(folder, old):
         store_shard_report(folder, report)
         moved[report.shard] = shard_report_name(report.shard, report.generation, report.changed)
-    delete_files(folder, old)
+    folder.delete_files(old)
     return replace(state, shard_reports={**state.shard_reports, **moved})
 
 
-def _report_of_finished(folder: Folder, shard: str, has_fragments: bool) -> ShardReport | None:
+def _report_of_finished(folder: Folder, state: OutputState, shard: str) -> ShardReport | None:
     """Return the report to commit a finished shard with, or None to leave its files as they are.
 
     A complete shard stays complete. A partial shard needs the report of a new reading: without one, its
@@ -83,20 +82,15 @@ def _report_of_finished(folder: Folder, shard: str, has_fragments: bool) -> Shar
     summary = read_summary(folder, shard)
     if summary.complete:
         return report_of(summary)
-    report = load_shard_report(folder, shard, summary.generation)
+    stored = state.shard_reports.get(shard)
+    report = None if stored is None else read_shard_report(folder, stored)
     is_said = report is not None and report.changed and report.reason == summary.reason
-    return None if is_said and not has_fragments else report
+    return None if is_said and shard not in state.fragments else report
 
 
-def _after_commits(
-    folder: Folder, state: OutputState, committed: Sequence[Summary], kept_in: Sequence[str]
-) -> OutputState:
-    """Return what a listing would show after some shards were committed.
-
-    Args:
-        kept_in: names of the files in which their summaries are kept.
-    """
-    names = dict.fromkeys(summary.shard for summary in committed)  # in order, and each found at once
+def _after_commits(folder: Folder, state: OutputState, committed: Sequence[Summary]) -> OutputState:
+    """Return what a listing would show after some shards were committed."""
+    names = {summary.shard for summary in committed}
     fragments = {shard: found for shard, found in state.fragments.items() if shard not in names}
     reports = {shard: name for shard, name in state.shard_reports.items() if shard not in names}
     for summary in committed:
@@ -104,16 +98,9 @@ def _after_commits(
             left = list_shard_files(folder, summary.shard, summary.generation)
             fragments |= {summary.shard: left.fragments} if left.fragments else {}
             reports |= {summary.shard: left.report} if left.report else {}
-    with ThreadPoolExecutor(MAX_CONCURRENT_COMMITS) as pool:
-        files = [*pool.map(folder.file, [*map(output_name, names), *kept_in])]
-    written = {shard: file for shard, file in zip(names, files, strict=False) if file is not None}
-    return replace(
-        state,
-        fragments=fragments,
-        shard_reports=reports,
-        written={**state.written, **written},
-        summaries=(*state.summaries, *filter(None, files[len(names) :])),
-    )
+    files = at_once(folder.file, [output_name(summary.shard) for summary in committed])
+    written = {s.shard: file for s, file in zip(committed, files, strict=True) if file is not None}
+    return replace(state, fragments=fragments, shard_reports=reports, written={**state.written, **written})
 
 
 def drop_markers(folder: Folder, state: OutputState, done: Reconciliation) -> None:

@@ -25,7 +25,7 @@ from typing import IO, NamedTuple, TypeAlias, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.storage.filesystems import files_below, open_filesystem
+from pipeline.storage.filesystems import at_once, files_below, open_filesystem
 from pipeline.storage.fsspec_store import s3_requests
 from pipeline.storage.put import is_object_store, put, put_new
 from pipeline.storage.retrying import RETRY_FOR_S, retry_on_oserror
@@ -186,6 +186,11 @@ class Folder:
         """Delete files by few requests and return True, or return False if `S3Requests` cannot."""
         return s3_requests(self.uri).delete(self.filesystem, [self.path(name) for name in names])
 
+    def delete_files(self, names: Sequence[str]) -> None:
+        """Delete files, by few requests or several at the same time."""
+        if names and not self.delete_at_once(names):
+            at_once(self.delete, names)
+
     def erase(self, under: str = "") -> None:
         """Delete this folder, or one inside it, with all its files; do nothing when there is none.
 
@@ -206,9 +211,6 @@ class Folder:
     def files(self, under: str = "") -> list[WrittenFile]:
         """Return all files below a folder, in no order; none when it does not exist."""
         return self._retry(lambda: self._list_once(under))
-
-    def exists(self, name: str) -> bool:
-        return self.file(name) is not None
 
     def file(self, name: str) -> WrittenFile | None:
         """Return a file as a listing tells about it, or None when there is none."""

@@ -17,12 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.inputs.shards import Shard
-from pipeline.ledger.commit import read_rows
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.storage.folder import Folder
-from tests.unit.ledger.test_fragments import report, rows
+from tests.unit.ledger.test_fragments import committed_rows, report, rows
 
 REQUESTS = ("_put_once", "_get_once", "_list_once", "_delete_once", "_erase_once")
 PLACES = ("disk", "store")
@@ -124,9 +123,7 @@ def write_failed_and_ok(ledger: Ledger, word: str) -> None:
 
 
 def statuses(ledger: Ledger) -> list[str]:
-    found = read_rows(ledger.folder, SHARD)
-    assert found is not None
-    return found["status"].to_pylist()
+    return committed_rows(ledger.folder, SHARD)["status"].to_pylist()
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -268,8 +265,8 @@ def test_no_row_is_lost_or_doubled_wherever_processes_die(place, history):
     arrive([(list(range(num_rows)), "failed"), *arrivals[0]])
     for is_driver in (False, True):
         live(ledger, run, is_driver, num_rows)
-    found = read_rows(ledger.folder, SHARD)
-    assert found is not None and found["row"].to_pylist() == list(range(num_rows))
+    found = committed_rows(ledger.folder, SHARD)
+    assert found["row"].to_pylist() == list(range(num_rows))
     assert {row for row, status in enumerate(found["status"].to_pylist()) if status == "ok"} == ok
     state = ledger.scan()
     assert not state.fragments and not state.shard_reports

@@ -12,9 +12,9 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import SUMMARY_KEY, Summary, commit_shard, read_summary
 from pipeline.ledger.fragments import (
     list_shard_files,
-    load_shard_report,
     names_of_shard,
     parse_fragment,
+    read_shard_report,
     rows_in,
     store_shard_report,
     write_fragment,
@@ -50,6 +50,17 @@ def rows(numbers, shard="a/0.tar", status="ok", word="caption") -> pa.Table:
 
 def report(num_rows, shard="a/0.tar", **changes) -> ShardReport:
     return ShardReport(**{"shard": shard, "num_rows": num_rows, "complete": True, **changes})
+
+
+def committed_rows(folder: Folder, shard: str = "a/0.tar") -> pa.Table:
+    """Return the rows in the file of a shard."""
+    return folder.read(output_name(shard), pq.read_table)
+
+
+def stored_report(folder: Folder) -> ShardReport | None:
+    """Return the latest report of the shard."""
+    name = list_shard_files(folder, "a/0.tar", 0).report
+    return None if name is None else read_shard_report(folder, name)
 
 
 def commit(folder: Folder, shard_report: ShardReport) -> Summary:
@@ -89,7 +100,7 @@ def test_a_commit_takes_each_row_once_in_order_whatever_the_overlap(folder):
         write_fragment(folder, rows(random.Random(seed).sample(numbers, 25), word="any"))
     write_fragment(folder, rows(numbers, word="any"))
     summary = commit_shard(folder, report(50), {b"k": b"v"})
-    table = pq.read_table(folder.path(output_name("a/0.tar")))
+    table = committed_rows(folder)
     assert table["row"].to_pylist() == numbers
     assert table["key"].to_pylist() == [f"k{n}" for n in numbers]
     assert table.schema.metadata[b"k"] == b"v"
@@ -119,7 +130,7 @@ def test_a_row_that_is_ok_replaces_one_that_is_not_and_never_the_other_way(folde
     write_fragment(folder, rows([2], word="second"))
     write_fragment(folder, rows([0, 3], status="too_large"))
     summary = commit(folder, report(4))
-    table = pq.read_table(folder.path(output_name("a/0.tar"))).to_pydict()
+    table = committed_rows(folder).to_pydict()
     assert table["status"] == ["ok", "ok", "ok", "too_large"]
     assert table["caption"] == ["caption 0", "caption 1", "second 2", None]
     assert summary.num_failed == 1
@@ -130,7 +141,7 @@ def test_a_shard_that_can_be_read_less_far_the_second_time_keeps_its_rows(folder
     commit_shard(folder, report(5, complete=False, reason="ends early"), {})
     summary = commit(folder, report(0, complete=False, reason="vanished"))
     assert summary.num_rows == 5
-    assert len(pq.read_table(folder.path(output_name("a/0.tar")))) == 5
+    assert len(committed_rows(folder)) == 5
 
 
 def test_rows_past_the_end_of_a_worse_reading_wait_for_a_better_one(folder):
@@ -145,10 +156,10 @@ def test_rows_past_the_end_of_a_worse_reading_wait_for_a_better_one(folder):
 def test_a_worse_reading_does_not_replace_how_a_better_one_ended(folder):
     store_shard_report(folder, report(4, complete=False, reason="ends early"))
     store_shard_report(folder, report(2, complete=False, reason="vanished"))
-    assert load_shard_report(folder, "a/0.tar", 0) == report(4, complete=False, reason="ends early")
+    assert stored_report(folder) == report(4, complete=False, reason="ends early")
     store_shard_report(folder, report(9))
     store_shard_report(folder, report(0, complete=False, reason="403"))
-    assert load_shard_report(folder, "a/0.tar", 0) == report(9)
+    assert stored_report(folder) == report(9)
 
 
 def test_the_latest_report_counts_also_when_one_before_it_named_a_change(folder):
@@ -158,7 +169,7 @@ def test_the_latest_report_counts_also_when_one_before_it_named_a_change(folder)
     store_shard_report(folder, report(2))
     named = folder.path(shard_report_name("a/0.tar", 0, changed=True))
     os.utime(named, (1, 1))
-    assert load_shard_report(folder, "a/0.tar", 0) == report(2)
+    assert stored_report(folder) == report(2)
     assert scan_output(folder).shard_reports == {"a/0.tar": shard_report_name("a/0.tar", 0)}
     assert commit(folder, report(2)).complete
     assert scan_output(folder).shard_reports == {}
@@ -176,7 +187,7 @@ def test_rows_of_two_inputs_are_noticed_though_the_report_of_the_change_is_damag
 def test_a_shard_without_rows_has_a_file_with_the_columns(folder):
     summary = commit_shard(folder, report(0), {}, output_schema([pa.field("url", pa.null())]))
     assert summary is not None
-    table = pq.read_table(folder.path(output_name("a/0.tar")))
+    table = committed_rows(folder)
     assert table.column_names == [*ROW_CONTRACT.names, "url"]
     assert summary.num_rows == len(table) == 0
 
@@ -289,6 +300,6 @@ def test_a_damaged_report_is_none_and_its_shard_is_read_again(folder):
     store_shard_report(folder, report(3, complete=False))
     for damaged in (b"", b'{"shard"', b"\xff\xfe", b"[]", b'{"a": 1}'):
         folder.put(shard_report_name("a/0.tar", 0), damaged)
-        assert load_shard_report(folder, "a/0.tar", 0) is None
+        assert stored_report(folder) is None
     store_shard_report(folder, report(2, complete=False))
-    assert load_shard_report(folder, "a/0.tar", 0) == report(2, complete=False)
+    assert stored_report(folder) == report(2, complete=False)

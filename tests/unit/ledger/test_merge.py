@@ -12,12 +12,12 @@ import pytest
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import commit as commit_module
 from pipeline.ledger import merge as merge_module
-from pipeline.ledger.commit import commit_shard, read_rows
+from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.merge import Merge, PieceGone
 from pipeline.schema import plain_type
 from pipeline.storage.folder import Folder
-from tests.unit.ledger.test_fragments import rows
+from tests.unit.ledger.test_fragments import committed_rows, rows
 
 
 def piece_of(numbers: list[int], kept: pa.Array | None = None, status: str = "ok") -> pa.Table:
@@ -173,8 +173,7 @@ def test_small_fragments_are_held_as_few_tables(tmp_path, monkeypatch):
     report = ShardReport(shard="a/0.tar", num_rows=400, complete=True)
     summary = commit_shard(folder, report, {})
     assert summary is not None and summary.by_status == {"ok": 400}
-    table = read_rows(folder, "a/0.tar")
-    assert table is not None and table["row"].to_pylist() == list(range(400))
+    assert committed_rows(folder)["row"].to_pylist() == list(range(400))
     assert len(held) == len({*held}) == -(-111 // 8)
 
 

@@ -11,16 +11,17 @@ from itertools import count
 import pytest
 
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import read_rows
 from pipeline.ledger.ledger import Ledger
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage import folder as folder_module
 from pipeline.storage import retrying
 from pipeline.storage.folder import Folder
+from tests.unit.ledger.test_fragments import committed_rows
 from tests.unit.storage.test_retrying import Clock
 
 REQUESTS = ("_put_once", "_get_once", "_list_once", "_delete_once")
 REPORT = ShardReport(shard="a.tar", num_rows=20, complete=True)
+CAPTIONS = [f"c{n}" for n in range(20)]
 
 
 def fill(ledger: Ledger) -> None:
@@ -66,8 +67,7 @@ def test_a_commit_succeeds_whichever_request_fails(tmp_path, monkeypatch, is_lat
                 patched.setattr(Folder, request, flaky(request))
             summary = ledger.commit(REPORT, {})
         assert summary is not None and summary.by_status == {"ok": 20}
-        rows = read_rows(ledger.folder, "a.tar")
-        assert rows is not None and rows["caption"].to_pylist() == [f"c{n}" for n in range(20)]
+        assert committed_rows(ledger.folder, "a.tar")["caption"].to_pylist() == CAPTIONS
         state = ledger.scan()
         assert (state.finished, dict(state.fragments), state.shard_reports) == ({"a.tar"}, {}, {})
         assert not os.path.exists(ledger.folder.path("_blip2/fragments/a.tar.rows"))
@@ -97,8 +97,7 @@ def test_a_commit_outlasts_a_full_disk_on_which_it_prepares_the_file(tmp_path, m
     summary = ledger.commit(REPORT, {})
     assert summary is not None and summary.captions.num_captions == 20
     assert next(left, None) is None
-    rows = read_rows(ledger.folder, "a.tar")
-    assert rows is not None and rows["caption"].to_pylist() == [f"c{n}" for n in range(20)]
+    assert committed_rows(ledger.folder, "a.tar")["caption"].to_pylist() == CAPTIONS
     assert ledger.scan().leftovers == ()
 
 
