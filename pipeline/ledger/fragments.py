@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
@@ -36,8 +35,6 @@ from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder, WrittenFile
 
 DIGEST_CHARS = 16
-MAX_CHUNK_BYTES = 1 << 30
-"""A chunk of strings has room for 2 GiB."""
 _NAME = re.compile(r"^(?P<first>\d+)-(?P<last>\d+)-(?P<count>\d+)-[0-9a-f]+\.arrow$")
 
 
@@ -64,10 +61,11 @@ def write_fragment(folder: Folder, rows: pa.Table, generation: int = 0) -> Fragm
     """Write finished rows of one shard; writing the same rows again replaces the same file.
 
     Args:
-        rows: at least one row in the output schema, all of one shard, each row number once.
+        rows: at least one row in the output schema, all of one shard, each row number once; less than 2 GiB,
+            for which a chunk of strings has room.
         generation: of the shard that the rows were read from.
     """
-    rows = _sorted(rows)
+    rows = rows.sort_by("row").combine_chunks()
     numbers = rows["row"]
     shard = rows["shard"][0].as_py()
     sink = pa.BufferOutputStream()
@@ -88,14 +86,6 @@ def _digest(content: bytes | pa.Buffer) -> str:
 def is_intact(name: str, content: bytes) -> bool:
     """Return whether a fragment's file has the content that its name promises."""
     return name.endswith(f"-{_digest(content)}.arrow")
-
-
-def _sorted(rows: pa.Table) -> pa.Table:
-    """Return rows in the order of their numbers, as one chunk if that has room for them."""
-    if rows.nbytes < MAX_CHUNK_BYTES:
-        return rows.sort_by("row").combine_chunks()
-    order = pc.sort_indices(rows["row"]).to_pylist()
-    return pa.concat_tables([rows.slice(position, 1) for position in order])
 
 
 def _name(shard: str, generation: int, first: int, last: int, count: int, digest: str) -> str:

@@ -134,10 +134,15 @@ class CaptionStage:
                     row.cancel()
 
     def with_results(self, table: pa.Table, rows: FinishedRows) -> pa.Table:
-        """Return finished rows of a table, with the result columns in place of the pixels."""
+        """Return finished rows of a table, with the result columns in place of the pixels.
+
+        Args:
+            rows: in ascending order of their positions.
+        """
         without_pixels = table.drop_columns([n for n in (PIXELS, TRUNCATED) if n in table.column_names])
-        positions = pa.array([position for position, _ in rows], pa.int64())
-        kept = [_take(column, positions) for column in without_pixels.columns]
+        is_finished = np.zeros(len(table), bool)
+        is_finished[[position for position, _ in rows]] = True
+        kept = [_select(column, pa.array(is_finished)) for column in without_pixels.columns]
         taken = pa.table(kept, without_pixels.column_names)
         columns = columns_of([result for _, result in rows], self.named)
         columns |= {name: taken[name] for name in ("width", "height", "sha256")}
@@ -248,8 +253,9 @@ class CaptionStage:
                 result.flags = [*find_quality_flags(regenerated.text or "", again.prompt), REGENERATED]
 
 
-def _take(column: pa.ChunkedArray, positions: pa.Array) -> pa.ChunkedArray:
+def _select(column: pa.ChunkedArray, is_finished: pa.Array) -> pa.ChunkedArray:
+    # Not `take`: it joins the chunks first, and strings of more than 2 GiB do not fit into one.
     try:
-        return column.take(positions)
+        return column.filter(is_finished)
     except pa.ArrowNotImplementedError:  # of views
-        return to_plain(column).take(positions)
+        return to_plain(column).filter(is_finished)

@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 from pipeline.ledger.ledger import Ledger
 from pipeline.metrics import FRAGMENTS
 
-FRAGMENT_ROWS = 512
-"""A fragment with this many rows waits for no more."""
+FRAGMENT_ROWS, FRAGMENT_BYTES = 512, 32 << 20
+"""A fragment with this many rows or bytes waits for no more. One of twice the bytes is split: a commit holds
+pieces of this size, and would read a larger one again for each row group."""
 HOLD_S = 1.5
 """Nor does one whose first rows have waited this long."""
 QUIET_S, QUIET_PART = 0.25, 0.02
@@ -38,6 +39,7 @@ class _Batch:
     last: float
     """When the last rows were added."""
     tables: list[pa.Table] = field(default_factory=list)
+    num_bytes: int = 0
     is_taken: bool = False
     """Whether a call is writing them."""
     written: threading.Event = field(default_factory=threading.Event)
@@ -105,6 +107,7 @@ class FragmentWriter:
             now = time.monotonic()
             batch = self._open.setdefault(shard, _Batch(now + self._hold_s, now))
             batch.tables.append(rows)
+            batch.num_bytes += rows.nbytes
             batch.last = now
             self._changed.notify_all()
             return batch
@@ -122,7 +125,7 @@ class FragmentWriter:
 
     def _wait_s(self, batch: _Batch) -> float:
         """Return how long a batch still waits if nothing changes meanwhile; at most 0 if it is due."""
-        if batch.num_rows >= self._fragment_rows:
+        if batch.num_rows >= self._fragment_rows or batch.num_bytes >= FRAGMENT_BYTES:
             return 0.0
         now = time.monotonic()
         due = batch.due
@@ -135,9 +138,10 @@ class FragmentWriter:
     def _write(self, batch: _Batch) -> None:
         started = time.monotonic()
         try:
-            for rows in _joined(batch.tables):
-                self._ledger.write_fragment(rows)
-                FRAGMENTS.inc()
+            for table in _joined(batch.tables):
+                for rows in _split_by_size(table):
+                    self._ledger.write_fragment(rows)
+                    FRAGMENTS.inc()
         except BaseException as error:  # Raised by each call that has rows in it.
             batch.error = error
         finally:
@@ -152,6 +156,14 @@ def _joined(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
         return tables
     rows = pa.concat_tables(tables)
     return [rows] if pc.count_distinct(rows["row"]).as_py() == len(rows) else tables
+
+
+def _split_by_size(rows: pa.Table) -> list[pa.Table]:
+    """Return rows in parts of at most twice `FRAGMENT_BYTES`, or of one row."""
+    if len(rows) == 1 or rows.nbytes <= 2 * FRAGMENT_BYTES:
+        return [rows]
+    half = len(rows) // 2
+    return [*_split_by_size(rows.slice(0, half)), *_split_by_size(rows.slice(half))]
 
 
 def split_by_shard(rows: pa.Table) -> Sequence[pa.Table]:

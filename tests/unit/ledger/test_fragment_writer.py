@@ -70,6 +70,17 @@ def test_a_call_alone_and_a_large_batch_do_not_wait(folder):
     ] == [3, 10]
 
 
+def test_large_rows_do_not_wait_and_are_several_fragments(folder, monkeypatch):
+    """With images of 5 MB among the kept columns, a fragment had 2.5 GB, which no commit could read."""
+    large = rows(range(16), word="x" * 1000)
+    monkeypatch.setattr(fragment_writer, "FRAGMENT_BYTES", large.nbytes // 7)
+    writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
+    with writer.call(), writer.call():
+        writer.write(large)
+    fragments = list_shard_files(folder, "a/0.tar", 0).fragments
+    assert sorted((f.first, f.last) for f in fragments) == [(n, n + 3) for n in range(0, 16, 4)]
+
+
 def test_rows_wait_for_a_slow_call_only_for_a_while(folder):
     writer = FragmentWriter(Ledger(folder), hold_s=0.01)
     with writer.call(), writer.call():

@@ -141,16 +141,6 @@ def test_the_first_of_several_rows_with_different_keys_is_named():
     assert merge.first_conflict() == (1, "k1", "x1")
 
 
-def test_more_than_a_chunk_has_room_for_is_written(tmp_path, monkeypatch):
-    """Strings of one chunk have at most 2 GiB; here the limit is 100 bytes."""
-    monkeypatch.setattr("pipeline.ledger.fragments.MAX_CHUNK_BYTES", 100)
-    folder = Folder(str(tmp_path))
-    fragment = write_fragment(folder, piece_of([2, 0, 1], pa.array(["c", "a", "b"])))
-    assert (fragment.first, fragment.last, fragment.count) == (0, 2, 3)
-    commit_shard(folder, ShardReport(shard="s", num_rows=3, complete=True), {})
-    assert pq.read_table(tmp_path / "s.parquet")["kept"].to_pylist() == ["a", "b", "c"]
-
-
 def test_small_fragments_are_held_as_few_tables(tmp_path, monkeypatch):
     """Each was a table in memory: 285,000 fragments of three rows would have needed five gigabytes."""
     held = []

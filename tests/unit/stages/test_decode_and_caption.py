@@ -5,6 +5,7 @@ import io
 import threading
 from contextlib import closing
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -51,6 +52,16 @@ def test_columns_of_views_are_kept():
     views = {"text": pa.array(["a", "b"], pa.string_view()), "jpg": pa.array([b"1", b"2"], pa.binary_view())}
     table = stage()(table_of(2, **views))
     assert (table["text"].to_pylist(), table["jpg"].to_pylist()) == (["a", "b"], [b"1", b"2"])
+
+
+def test_a_kept_column_may_be_larger_than_a_chunk_of_arrow():
+    """All rows of such a call failed: offset overflow while concatenating arrays."""
+    offsets = pa.py_buffer(np.array([0, 140 << 20], np.int32))
+    large = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(bytes(140 << 20))])
+    captioning = stage()
+    table = table_of(16, jpg=pa.chunked_array([large] * 16))
+    (piece,) = captioning.finish_rows(table, [5])
+    assert len(captioning.with_results(table, piece)["jpg"][0].as_buffer()) == 140 << 20
 
 
 def test_finished_rows_are_yielded_while_another_row_takes_long(tmp_path):
