@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,16 +35,14 @@ rows/s without, and 3,000 with it (two cores, 2026-11-27)."""
 class _Batch:
     """Rows of one shard that become one fragment."""
 
+    shard: str
     due: float
     """When they are written at the latest, in seconds of a monotonic clock."""
     last: float
     """When the last rows were added."""
     tables: list[pa.Table] = field(default_factory=list)
     num_bytes: int = 0
-    is_taken: bool = False
-    """Whether a call is writing them."""
-    written: threading.Event = field(default_factory=threading.Event)
-    error: BaseException | None = None
+    written: Future[None] = field(default_factory=Future)
 
     @property
     def num_rows(self) -> int:
@@ -71,6 +70,8 @@ class FragmentWriter:
         self._num_calls = 0
         self.busy_s = 0.0
         """Seconds spent with writing, without the wait for more rows."""
+        self.num_held = 0
+        """Rows that are not written yet."""
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -97,31 +98,30 @@ class FragmentWriter:
         for batch in [self._add(part) for part in parts]:
             if self._take_when_due(batch):
                 self._write(batch)
-            batch.written.wait()
-            if batch.error is not None:
-                raise batch.error
+            batch.written.result()
 
     def _add(self, rows: pa.Table) -> _Batch:
         with self._changed:
             shard = rows["shard"][0].as_py()
             now = time.monotonic()
-            batch = self._open.setdefault(shard, _Batch(now + self._hold_s, now))
+            batch = self._open.setdefault(shard, _Batch(shard, now + self._hold_s, now))
             batch.tables.append(rows)
             batch.num_bytes += rows.nbytes
             batch.last = now
+            self.num_held += len(rows)
             self._changed.notify_all()
             return batch
 
     def _take_when_due(self, batch: _Batch) -> bool:
         """Wait until a batch is due; return whether this call must write it."""
         with self._changed:
-            while not batch.is_taken and (wait_s := self._wait_s(batch)) > 0:
+            while self._open.get(batch.shard) is batch:
+                wait_s = self._wait_s(batch)
+                if wait_s <= 0:
+                    del self._open[batch.shard]
+                    return True
                 self._changed.wait(wait_s)
-            if batch.is_taken:
-                return False
-            batch.is_taken = True
-            self._open = {shard: other for shard, other in self._open.items() if other is not batch}
-            return True
+            return False
 
     def _wait_s(self, batch: _Batch) -> float:
         """Return how long a batch still waits if nothing changes meanwhile; at most 0 if it is due."""
@@ -143,11 +143,12 @@ class FragmentWriter:
                     self._ledger.write_fragment(rows)
                     FRAGMENTS.inc()
         except BaseException as error:  # Raised by each call that has rows in it.
-            batch.error = error
-        finally:
-            with self._changed:
-                self.busy_s += time.monotonic() - started
-            batch.written.set()
+            batch.written.set_exception(error)
+        else:
+            batch.written.set_result(None)
+        with self._changed:
+            self.busy_s += time.monotonic() - started
+            self.num_held -= batch.num_rows
 
 
 def _joined(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:

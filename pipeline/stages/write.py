@@ -89,9 +89,7 @@ class WriteStage:
         self._writer = FragmentWriter(ledger)
         self._coordinator = coordinator
         self._lock = SharedExclusiveLock()
-        self._counting = threading.Lock()
-        self._num_held = 0
-        tell_coordinator(coordinator, lambda: self._num_held)
+        tell_coordinator(coordinator, lambda: self._writer.num_held)
         self._device = Device.of_this_worker()
         self._calls: set[str] = set()
         self._giving_up = threading.Lock()
@@ -160,15 +158,6 @@ class WriteStage:
         """Write finished rows as fragments."""
         if not piece:
             return []
-        with self._counting:
-            self._num_held += len(piece)
-        try:
-            return self._write_fragments(table, piece)
-        finally:
-            with self._counting:
-                self._num_held -= len(piece)
-
-    def _write_fragments(self, table: pa.Table, piece: FinishedRows) -> list[Receipt]:
         rows = output_rows(table, piece, self._kept, self._stage)
         self._writer.write(rows)
         _log_failed(rows)
