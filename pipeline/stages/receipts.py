@@ -15,10 +15,8 @@ from pipeline.rowset import Range
 SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
-        ("starts", pa.list_(pa.int64())),
-        ("stops", pa.list_(pa.int64())),
-        ("statuses", pa.list_(pa.string())),
-        ("counts", pa.list_(pa.int64())),
+        ("ranges", pa.list_(pa.list_(pa.int64()))),
+        ("by_status", pa.map_(pa.string(), pa.int64())),
     ]
 )
 """A receipt as a row of an Arrow table."""
@@ -37,23 +35,10 @@ class Receipt:
 
 def receipts_to_table(receipts: Sequence[Receipt]) -> pa.Table:
     """Convert receipts to a table with the columns of `SCHEMA`."""
-    return pa.table(
-        {
-            "shard": [receipt.shard for receipt in receipts],
-            "starts": [[start for start, _ in receipt.ranges] for receipt in receipts],
-            "stops": [[stop for _, stop in receipt.ranges] for receipt in receipts],
-            "statuses": [[status for status, _ in receipt.by_status] for receipt in receipts],
-            "counts": [[count for _, count in receipt.by_status] for receipt in receipts],
-        },
-        schema=SCHEMA,
-    )
+    return pa.Table.from_pylist([vars(receipt) for receipt in receipts], SCHEMA)
 
 
 def receipts_from_table(table: pa.Table) -> Iterator[Receipt]:
     """Yield the receipts of a table that `receipts_to_table` has made."""
     for row in table.to_pylist():
-        yield Receipt(
-            row["shard"],
-            tuple(zip(row["starts"], row["stops"], strict=True)),
-            tuple(zip(row["statuses"], row["counts"], strict=True)),
-        )
+        yield Receipt(row["shard"], tuple(map(tuple, row["ranges"])), tuple(row["by_status"]))
