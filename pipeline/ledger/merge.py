@@ -28,6 +28,17 @@ however few rows it has (pyarrow 26)."""
 ROW_GROUP_BYTES = 32 << 20
 MAX_ROW_GROUP_ROWS = 65_536
 
+_INDEX = pa.schema(
+    {
+        "row": pa.int64(),
+        "key": pa.string(),
+        "status": pa.string(),
+        "piece": pa.int32(),
+        "position": pa.int32(),
+    }
+)
+"""What the first pass keeps of each row: these columns, and where the row is."""
+
 Piece = Callable[[], "pa.Table | None"]
 """Reads rows; returns None when they are no longer there."""
 
@@ -63,7 +74,7 @@ class Merge:
             self._hold(number, table)
         self._row_bytes = np.array(row_bytes)
         self.schema = pa.unify_schemas([*schemas], promote_options="permissive") if schemas else None
-        self._rows = pa.concat_tables(parts) if parts else _index(0, None)
+        self._rows = pa.concat_tables([_INDEX.empty_table(), *parts])
         self._order = self._find_order()
         self.numbers: np.ndarray = self._rows["row"].to_numpy()[self._order]
         """int64[N], the row numbers, ascending."""
@@ -186,19 +197,8 @@ def _plain(table: pa.Table) -> pa.Table:
     return pa.table(columns, pa.schema([field.with_type(column.type) for field, column in fields]))
 
 
-def _index(number: int, table: pa.Table | None) -> pa.Table:
+def _index(number: int, table: pa.Table) -> pa.Table:
     """Return what the first pass keeps of a piece."""
-    schema = pa.schema(
-        {
-            "row": pa.int64(),
-            "key": pa.string(),
-            "status": pa.string(),
-            "piece": pa.int32(),
-            "position": pa.int32(),
-        }
-    )
-    if table is None:
-        return schema.empty_table()
     places = np.arange(len(table), dtype=np.int32)
     columns = [*table.select(["row", "key", "status"]).columns, np.full_like(places, number), places]
-    return pa.table(columns, schema=schema)
+    return pa.table(columns, schema=_INDEX)

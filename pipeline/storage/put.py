@@ -67,14 +67,11 @@ def put_new(uri: str, filesystem: pafs.FileSystem, path: str, aside: str, conten
         return False
     try:
         store = fsspec_store(uri, filesystem)
-    except ImportError:
-        return False
-    if store is None:
-        return False
-    try:
+        if store is None:
+            return False
         with oserrors():
             store.pipe_file(path, content, mode="create")
-    except (OSError, TypeError, NotImplementedError):
+    except (ImportError, OSError, TypeError, NotImplementedError):
         return False  # There is one, or the store or its package does not know the condition.
     return True
 
