@@ -119,49 +119,23 @@ def test_a_checkpoint_for_images_of_another_size_is_refused(folder):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("changes", "option"),
     [
-        (
-            lambda: Outputs(score=("a=caption",), score_kind="itc"),
-            "score_kind must be left out",
-        ),
-        (
-            lambda: ScoreSettings(input=("i",), output="o", text_column="t", score_revision="v2").job(),
-            "score_revision must be left out without score_model",
-        ),
-        (lambda: Outputs(score_model="m"), "score_model must be left out without score"),
-        (
-            lambda: ScoreSettings(input=("i",), output="o", text_column="t", score_model="m", prompt="p"),
-            "prompt must be left out with score_model",
-        ),
-        (
-            lambda: ScoreSettings(
-                input=("i",), output="o", text_column="t", score_model="m", engine=EngineConfig(model="demo")
-            ),
-            "model must be left out with score_model",
-        ),
-        (
-            lambda: ScoreSettings(
-                input=("i",),
-                output="o",
-                text_column="t",
-                score_model="m",
-                engine=EngineConfig(device_map="auto"),
-            ),
-            "device_map must be left out with score_model",
-        ),
-        (
-            lambda: ScoreSettings(
-                input=("i",),
-                output="o",
-                text_column="t",
-                score_model="m",
-                engine=EngineConfig(skip_cuda_graphs=True),
-            ),
-            "skip_cuda_graphs must be left out with score_model",
-        ),
+        ({"prompt": "p"}, "prompt"),
+        ({"engine": EngineConfig(model="demo")}, "model"),
+        ({"engine": EngineConfig(device_map="auto")}, "device_map"),
+        ({"engine": EngineConfig(skip_cuda_graphs=True)}, "skip_cuda_graphs"),
     ],
 )
-def test_options_without_effect_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_options_of_the_captioning_engine_are_refused_next_to_a_score_model(changes, option):
+    with pytest.raises(ValueError, match=f"{option} must be left out with score_model"):
+        ScoreSettings(input=("i",), output="o", text_column="t", score_model="m", **changes)
+
+
+def test_options_of_scores_without_effect_are_refused():
+    with pytest.raises(ValueError, match="score_kind must be left out"):
+        Outputs(score=("a=caption",), score_kind="itc")
+    with pytest.raises(ValueError, match="score_model must be left out without score"):
+        Outputs(score_model="m")
+    with pytest.raises(ValueError, match="score_revision must be left out without score_model"):
+        ScoreSettings(input=("i",), output="o", text_column="t", score_revision="v2").job()
