@@ -22,7 +22,7 @@ from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.reader import ShardWork
 from pipeline.placement.reservations import Reservations, resolve_engine
 from pipeline.run.job import Job
-from pipeline.stages.coordinator import report_load, report_shard
+from pipeline.stages.coordinator import report_shard
 from pipeline.stages.model_check import Models
 from pipeline.stages.pools import BLOCK_ROWS, caption_pool, decode
 from pipeline.stages.receipts import Receipt, receipts_from_table
@@ -76,7 +76,7 @@ def receipts_dataset(
             spec,
             info.image_size_px,
             reservations,
-            report=partial(report_load, coordinator, "decode"),
+            coordinator=coordinator,
         )
         return decoded.map_batches(
             WriteStage,

@@ -261,8 +261,3 @@ def report_shard(coordinator: Any, output: Folder, report: ShardReport) -> None:
     """
     store_shard_report(output, report)
     ray.get(coordinator.was_read.remote(report))
-
-
-def report_load(coordinator: Any, stage: str, worker: str, busy_s: float, alive_s: float) -> None:
-    """Tell the coordinator how busy one worker of a stage is."""
-    coordinator.report.remote(stage, worker, busy_s, alive_s)

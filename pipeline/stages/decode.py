@@ -7,7 +7,8 @@ Neither float images nor Python objects ever cross the object store.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +36,6 @@ BATCH_ROWS = 128
 LOADED_BYTES = 16 << 20
 """Loaded images that are decoded as soon as they have this many bytes."""
 
-Report = Callable[[str, float, float], None]
-"""Takes the name of a worker, its busy seconds and the seconds since it started."""
-
 
 class DecodeStage:
     """Decodes in a child process with limits. An actor of a Ray Data pool holds it."""
@@ -49,7 +47,7 @@ class DecodeStage:
         image_column: str,
         keeps_image: bool = False,
         fetch: FetchSettings | None = None,
-        report: Report | None = None,
+        coordinator: Any = None,
     ) -> None:
         """Start the decoding process.
 
@@ -59,7 +57,7 @@ class DecodeStage:
             image_column: column of images; see `pipeline.stages.image_column`.
             keeps_image: whether that column stays in the table.
             fetch: how images at web addresses are fetched; None refuses them.
-            report: receives how busy this worker was.
+            coordinator: handle of the job's `Coordinator` actor, which is told how busy this worker was.
         """
         exit_without_destructors()
         tell_origins()
@@ -69,7 +67,7 @@ class DecodeStage:
         self._loader = ImageLoader(fetch, limits.max_file_bytes)
         self._accepts_truncated = limits.accept_truncated
         self._pool = DecodePool(size_px, limits, 1)
-        self._report = report
+        self._coordinator = coordinator
         self._worker = worker_name()
         self._started, self._busy_s = time.monotonic(), 0.0
 
@@ -86,8 +84,9 @@ class DecodeStage:
             for images in self._load(_cells(batch, self._image_column)):
                 decoded = self._decode_images(batch.slice(row, len(images)), images)
                 self._busy_s += time.monotonic() - started
-                if self._report:
-                    self._report(self._worker, self._busy_s, time.monotonic() - self._started)
+                if self._coordinator is not None:
+                    alive_s = time.monotonic() - self._started
+                    self._coordinator.report.remote("decode", self._worker, self._busy_s, alive_s)
                 yield decoded
                 row, started = row + len(images), time.monotonic()
 

@@ -9,7 +9,7 @@ from ray.data import ActorPoolStrategy, Dataset
 from pipeline.placement.reservations import Reservations
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.placement import Placement
-from pipeline.stages.decode import DecodeStage, Report
+from pipeline.stages.decode import DecodeStage
 
 CALL_ROWS = 256
 """Rows of one captioning call on accelerators. Eight such calls at the same time keep the slots of an engine
@@ -27,19 +27,19 @@ def decode(
     reservations: Reservations,
     *,
     keeps_image: bool = False,
-    report: Report | None = None,
+    coordinator: Any = None,
 ) -> Dataset:
     """Apply the decode stage to a dataset, in a pool that grows and shrinks.
 
     Args:
         size_px: image size of the model.
         keeps_image: whether the column with the encoded image stays.
-        report: receives how busy each worker was.
+        coordinator: handle of the job's `Coordinator` actor, which is told how busy each worker was.
     """
     return ds.map_batches(
         DecodeStage,
         fn_constructor_args=(size_px, spec.limits, spec.image_column),
-        fn_constructor_kwargs={"keeps_image": keeps_image, "fetch": spec.fetch, "report": report},
+        fn_constructor_kwargs={"keeps_image": keeps_image, "fetch": spec.fetch, "coordinator": coordinator},
         # Whole blocks: with a number, Ray would join the blocks of several shards to reach it.
         batch_size=None,
         batch_format="pyarrow",

@@ -89,12 +89,11 @@ class WarningCounter(logging.Handler):
 
 
 def tell_warnings(coordinator: Any, worker: str) -> None:
-    """Let the coordinator know of warnings and errors that this Ray actor logs. Outside an actor do nothing.
+    """Let the coordinator know of warnings and errors that this process logs.
 
     Args:
         coordinator: handle of the job's `Coordinator` actor.
         worker: name of this process.
     """
-    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
-        logging.captureWarnings(True)
-        logging.getLogger().addHandler(WarningCounter(coordinator, worker))
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(WarningCounter(coordinator, worker))
