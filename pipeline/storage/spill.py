@@ -14,8 +14,8 @@ FILE_BYTES = 64 << 20
 """A file takes no more than this, so that its room is free when all that is in it is of no use."""
 
 
-class _File:
-    """A temporary file without a name, which disappears with the last use of what is in it."""
+class UnnamedFile:
+    """A temporary file without a name; it disappears with this object."""
 
     def __init__(self) -> None:
         with tempfile.TemporaryFile() as file:
@@ -47,7 +47,7 @@ class _File:
 class Spilled:
     """Bytes in a temporary file."""
 
-    file: _File
+    file: UnnamedFile
     start: int
     num_bytes: int
 
@@ -65,7 +65,7 @@ class Spill:
     def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
         self._memory_bytes = memory_bytes
         self._lock = threading.Lock()
-        self._file: _File | None = None
+        self._file: UnnamedFile | None = None
         self._process = os.getpid()
 
     def keep(self, content: bytes) -> bytes | Spilled:
@@ -79,7 +79,10 @@ class Spill:
                 return content
             try:
                 if self._file is None or self._file.num_bytes >= FILE_BYTES or os.getpid() != self._process:
-                    self._file, self._process = _File(), os.getpid()  # a forked child must not share a file
+                    self._file, self._process = (
+                        UnnamedFile(),
+                        os.getpid(),
+                    )  # a forked child must not share a file
                 start = self._file.append(content)
             except OSError:
                 return content

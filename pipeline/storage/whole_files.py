@@ -8,8 +8,6 @@ digest, its footer and its rows cost one transfer in each process.
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 import threading
 from collections import OrderedDict
 from typing import Any
@@ -18,6 +16,8 @@ from weakref import WeakValueDictionary
 
 from fsspec.asyn import sync
 from fsspec.spec import AbstractFileSystem
+
+from pipeline.storage.spill import UnnamedFile
 
 MAX_KEPT_BYTES = 4 << 30
 """Whole files that a process keeps, besides the last one and those that are open."""
@@ -29,19 +29,11 @@ Key = tuple[str, ...]
 
 
 class WholeFile(io.RawIOBase):
-    """One reader of a whole file; several share the file, each with a position of its own.
+    """One reader of a whole file; several share the file, each with a position of its own."""
 
-    Args:
-        descriptor: the open file, of which this reader gets a copy.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = os.dup(descriptor)
+    def __init__(self, file: UnnamedFile) -> None:
+        self._file, self.size = file, file.num_bytes
         self._position = 0
-        self.size = os.fstat(self._descriptor).st_size
-
-    def fileno(self) -> int:
-        return self._descriptor
 
     def readable(self) -> bool:
         return True
@@ -58,14 +50,10 @@ class WholeFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        num_bytes = os.preadv(self._descriptor, [buffer], self._position)
+        num_bytes = max(0, min(len(buffer), self.size - self._position))
+        buffer[:num_bytes] = self._file.read(self._position, num_bytes)
         self._position += num_bytes
         return num_bytes
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
 
 
 class WholeFiles:
@@ -73,7 +61,7 @@ class WholeFiles:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Key, WholeFile] = OrderedDict()
+        self._kept: OrderedDict[Key, UnnamedFile] = OrderedDict()
         self._fetching: WeakValueDictionary[Key, threading.Lock] = WeakValueDictionary()
         self._sends_parts: dict[str, bool] = {}
 
@@ -104,23 +92,23 @@ class WholeFiles:
             with self._lock:
                 self._kept[key] = file
                 self._make_room()
-                return WholeFile(file.fileno())
+                return WholeFile(file)
 
     def _reader(self, key: Key) -> WholeFile | None:
         with self._lock:
             if key not in self._kept:
                 return None
             self._kept.move_to_end(key)
-            return WholeFile(self._kept[key].fileno())
+            return WholeFile(self._kept[key])
 
     def _make_room(self) -> None:
-        sizes = [file.size for file in self._kept.values()]
+        sizes = [file.num_bytes for file in self._kept.values()]
         while len(sizes) > 1 and sum(sizes) > MAX_KEPT_BYTES:
-            self._kept.popitem(last=False)[1].close()
+            self._kept.popitem(last=False)
             del sizes[0]
 
 
-async def _fetch_unless_parts(fs: AbstractFileSystem, url: str, must: bool) -> WholeFile | None:
+async def _fetch_unless_parts(fs: AbstractFileSystem, url: str, must: bool) -> UnnamedFile | None:
     """Return the whole file, or None if the server sends the byte that it is asked for."""
     import aiohttp  # Only web servers need it; importing it takes long.
 
@@ -134,11 +122,10 @@ async def _fetch_unless_parts(fs: AbstractFileSystem, url: str, must: bool) -> W
         if response.status in (206, 416):
             return None
         fs._raise_not_found_for_status(response, url)
-        with tempfile.TemporaryFile(prefix="blip2-input-") as file:
-            async for chunk in response.content.iter_chunked(CHUNK_BYTES):
-                file.write(chunk)
-            file.flush()
-            return WholeFile(file.fileno())
+        file = UnnamedFile()
+        async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+            file.append(chunk)
+        return file
 
 
 WHOLE_FILES = WholeFiles()
