@@ -31,18 +31,16 @@ MAX_SPARE_FILES = 8
 """With more files of summaries than this beyond those that are needed, all are written again."""
 
 
-def keep_summaries(folder: Folder, summaries: Iterable[Summary]) -> list[str]:
-    """Store summaries of shards whose files have just been written; return the names of the new files.
+def keep_summaries(folder: Folder, summaries: Iterable[Summary]) -> None:
+    """Store summaries of shards whose files have just been written.
 
     Args:
         summaries: as `commit_shard` has returned them.
     """
-    rest, names = iter(summaries), []
+    rest = iter(summaries)
     while some := list(islice(rest, SUMMARIES_PER_FILE)):
         content = json.dumps([asdict(summary) for summary in some], separators=(",", ":")).encode()
-        names.append(f"{SUMMARIES}/{uuid.uuid4().hex}.json.gz")
-        folder.put(names[-1], gzip.compress(content, compresslevel=3))
-    return names
+        folder.put(f"{SUMMARIES}/{uuid.uuid4().hex}.json.gz", gzip.compress(content, compresslevel=3))
 
 
 def load_summaries(

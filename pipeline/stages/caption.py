@@ -242,8 +242,7 @@ class CaptionStage:
         for row, result in zip(rows, results, strict=True):
             if result.flags and row.image is not None:
                 request = Request(image=row.image, prompt=row.prompt, options=self._regenerate_options)
-                again = PendingRow(row.position, [], row.prompt, image_key=row.image_key)
-                again.pending = [self._request(again, request)]
+                again = PendingRow(row.position, [self._request(row, request)], row.prompt)
                 requested.append((again, result))
         for again, result in requested:
             again.collect()
