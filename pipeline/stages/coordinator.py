@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,49 +35,34 @@ from pipeline.storage.retrying import Trouble
 MAX_DEATHS_ALONE = 2
 """Deaths of the process while a row runs alone, after which the row fails. One death may be chance: a node
 may have been taken away."""
-
-
 MAX_WARNINGS = 1_000
 """Different warnings of different workers that are counted."""
 TROUBLE_LASTS_S = 60.0
 """A worker that has told of trouble and then nothing for this long has died; one request may take as long."""
 
 
-@dataclass(frozen=True)
-class CallHistory:
-    """What a captioning call must know about its earlier runs; positions are those in its table."""
-
-    num_starts: int
-    """1 for a call that has never died."""
-    finished: tuple[Range, ...]
-    """Positions that reached a fragment in an earlier run."""
-    deaths_alone: Mapping[int, int]
-    """The positions of which one has killed the process, each with how often it has done so alone."""
-    receipts: tuple[Receipt, ...]
-    """The receipts of the finished positions."""
-
-
 @dataclass
-class _Call:
-    """A call that has started and not ended."""
+class CallHistory:
+    """A captioning call that has started and not ended; positions are those in its table."""
 
     num_starts: int = 0
+    """1 for a call that has never died."""
     step: Sequence[int] = ()
-    """Positions that run with nothing else in their process."""
+    """Positions that run now with nothing else in their process."""
     finished: RowSet = field(default_factory=RowSet)
+    """Positions that have reached a fragment."""
     deaths_alone: dict[int, int] = field(default_factory=dict)
+    """The positions of which one has killed the process, each with how often it has done so alone."""
     receipts: list[Receipt] = field(default_factory=list)
+    """The receipts of the finished positions."""
 
-    def start(self) -> CallHistory:
+    def start(self) -> None:
         """Note a start; a step that has begun and not been written has died."""
         self.num_starts += 1
         died_alone = 1 if len(self.step) == 1 else 0
         for position in self.step:
             self.deaths_alone[position] = self.deaths_alone.get(position, 0) + died_alone
         self.step = ()
-        return CallHistory(
-            self.num_starts, tuple(self.finished), dict(self.deaths_alone), tuple(self.receipts)
-        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +93,7 @@ class Coordinator:
     def __init__(self) -> None:
         label_with_run()
         tell_origins()
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, CallHistory] = {}
         self._commits: Counter[str] = Counter()
         self._loads: dict[str, dict[str, tuple[float, float]]] = {}
         self._new_receipts: list[Receipt] = []
@@ -123,7 +108,8 @@ class Coordinator:
 
     def begin_call(self, call: str) -> CallHistory:
         """Note that a call starts. If it has started before and not ended, its process has died."""
-        history = self._calls.setdefault(call, _Call()).start()
+        history = self._calls.setdefault(call, CallHistory())
+        history.start()
         if history.num_starts > 1:
             REPLAYED_CALLS.inc()
         return history

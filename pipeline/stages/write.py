@@ -25,7 +25,7 @@ from pipeline.errors import noted
 from pipeline.ledger.ledger import Ledger
 from pipeline.metrics import MODEL_LOAD_S, ROWS, timed
 from pipeline.placement.own_accelerator import use_own_accelerator
-from pipeline.rowset import RowSet, ranges_of
+from pipeline.rowset import ranges_of
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage, FinishedRows
 from pipeline.stages.careful_replay import replay
@@ -142,8 +142,7 @@ class WriteStage:
 
     def _finish_rows(self, call: str, table: pa.Table, history: CallHistory) -> Iterator[FinishedRows]:
         """Caption the rows that are not finished; yield them in pieces, each of which is written."""
-        finished = RowSet(history.finished)
-        positions = [position for position in range(len(table)) if position not in finished]
+        positions = [position for position in range(len(table)) if position not in history.finished]
         if history.num_starts > 1:
             with self._lock.exclusive():
                 yield from replay(self._stage, table, positions, call, history, self._coordinator)

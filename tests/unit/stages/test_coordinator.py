@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.inputs.reader import ShardReport
-from pipeline.rowset import RowSet, ranges_of
+from pipeline.rowset import ranges_of
 from pipeline.stages.careful_replay import STEP_ROWS, steps
 from pipeline.stages.coordinator import MAX_DEATHS_ALONE, Coordinator
 from pipeline.stages.device_health import Device
@@ -48,7 +48,7 @@ def test_a_call_that_died_starts_again_with_what_it_had_written():
     receipt = Receipt("shard", ((0, 2),), (("ok", 2),))
     coordinator.wrote("call", [(0, 2)], [receipt], DEVICE)
     history = coordinator.begin_call("call")
-    assert (history.num_starts, history.finished, history.receipts) == (2, ((0, 2),), (receipt,))
+    assert (history.num_starts, list(history.finished), history.receipts) == (2, [(0, 2)], [receipt])
     assert history.deaths_alone == {}
 
 
@@ -81,7 +81,7 @@ def run_until_done(killers: set[int], num_rows: int) -> tuple[set[int], int]:
         return failed, 0
     for deaths in range(1, 100):
         history = coordinator.begin_call("call")
-        todo = [row for row in range(num_rows) if row not in RowSet(history.finished)]
+        todo = [row for row in range(num_rows) if row not in history.finished]
         for step in steps(todo, history.deaths_alone):
             if history.deaths_alone.get(step[0], 0) >= MAX_DEATHS_ALONE:
                 failed.add(step[0])
