@@ -150,21 +150,17 @@ def _shard_of(table: pa.Table) -> str | None:
 
 def _cells(table: pa.Table, image_column: str) -> list[Cell | Address]:
     """Return the images of a table, the addresses of others, and why the remaining rows have none."""
-    images = read_images(table[image_column])
+    cells = read_images(table[image_column])
     if ADDRESS in table.column_names:
         addresses = table[ADDRESS].to_pylist()
-        images = [image if a is None else Address(a) for image, a in zip(images, addresses, strict=True)]
-    return [failed or image for image, failed in zip(images, _failures(table), strict=True)]
-
-
-def _failures(table: pa.Table) -> list[DecodedImage | None]:
-    """Return the rows that reading has already found to have failed; None for each other row."""
-    if not {"status", "error"} <= set(table.column_names):
-        return [None] * len(table)
-    return [
-        None if status is None else DecodedImage(status=Status(status), error=error)
-        for status, error in zip(table["status"].to_pylist(), table["error"].to_pylist(), strict=True)
-    ]
+        cells = [cell if a is None else Address(a) for cell, a in zip(cells, addresses, strict=True)]
+    if {"status", "error"} <= set(table.column_names):  # Rows that have one have failed while they were read.
+        statuses, errors = table["status"].to_pylist(), table["error"].to_pylist()
+        cells = [
+            cell if status is None else DecodedImage(status=Status(status), error=error)
+            for cell, status, error in zip(cells, statuses, errors, strict=True)
+        ]
+    return cells
 
 
 def _columns(decoded: Sequence[DecodedImage], hashes: Sequence[bytes | None]) -> dict[str, pa.Array]:

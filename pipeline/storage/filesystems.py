@@ -51,18 +51,18 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if not uri:  # Python takes it for the working folder.
         raise InputError(EMPTY)
     scheme, separator, place = uri.partition("://")
-    if scheme in BUCKET_SCHEMES and separator and not place:
-        raise InputError(f"{uri} must name a bucket, as in {uri}bucket/folder")
-    if scheme == "hf" and separator and not place:
-        raise InputError(f"{uri} must name a repository, as in {uri}datasets/NAMESPACE/NAME")
-    if scheme in BUCKET_SCHEMES and separator:
-        _require_plain_names(uri, place)
     if not separator:
         if (typed := ONE_SLASH.match(uri)) and not os.path.lexists(typed[0]):
             raise InputError(
                 f"{uri} must have two slashes after {typed[0]}, or ./ before it if it is a folder"
             )
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    if scheme in BUCKET_SCHEMES:
+        if not place:
+            raise InputError(f"{uri} must name a bucket, as in {uri}bucket/folder")
+        _require_plain_names(uri, place)
+    if scheme == "hf" and not place:
+        raise InputError(f"{uri} must name a repository, as in {uri}datasets/NAMESPACE/NAME")
     try:
         split_uri("a file or folder", uri)
     except ValueError as error:
