@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Start = Callable[[int, Callable[[], None]], StartedModel]
-"""Loads a model, given the number of CPU threads, and what raises once nobody waits for the model."""
+Start = Callable[..., StartedModel]
+"""Loads a model, given `num_threads`, and `require_wanted`, which raises once nobody waits for the model."""
 
 
 @dataclass(eq=False)
@@ -237,7 +237,7 @@ class EngineCore:
                 logger.exception("a step watcher has raised an error; it is not called again")
 
     def _load(self) -> None:
-        self.started = started = self._start(self._num_threads, self._require_open)
+        self.started = started = self._start(num_threads=self._num_threads, require_wanted=self._require_open)
         self.runner = started.runner
         ahead: EncodeWorker | EncodeStream | None = None
         if started.encodes_ahead and self.runner.device.type == "cuda":
@@ -247,7 +247,7 @@ class EngineCore:
             ahead = self._encode_worker = EncodeWorker(self.runner, self._num_threads, wake_up)
         self.scheduler = Scheduler(
             self.runner,
-            started.max_slots,
+            self.runner.num_slots,
             started.encode_batch,
             ahead,
             reads_late=reads_late(self.runner.device),

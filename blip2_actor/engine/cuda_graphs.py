@@ -124,10 +124,8 @@ class CudaGraphs:
 
 
 def capturer_for(device: torch.device, is_wanted: bool, priority: int = FIRST) -> StepCapturer | None:
-    """Return what captures steps; None if this is not wanted, or gains nothing on this device."""
-    if device.type != "cuda" or not is_wanted:
-        return None
-    return CudaGraphs(device, priority)
+    """Return what captures steps on a GPU; None if this is not wanted."""
+    return CudaGraphs(device, priority) if is_wanted else None
 
 
 class Captures:

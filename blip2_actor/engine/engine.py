@@ -10,6 +10,7 @@ import queue
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
@@ -19,7 +20,7 @@ from blip2_actor.engine.core import EngineCore
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.own_process import CANNOT_BE_SENT
 from blip2_actor.engine.readings import Readings
-from blip2_actor.engine.startup import StartedModel, start_model
+from blip2_actor.engine.startup import start_model
 from blip2_actor.engine.submission import Asked, OnText, submit, text_pieces
 from blip2_actor.inputs.arguments import Names, to_options, to_request, to_requests
 from blip2_actor.options import GenerationOptions
@@ -53,29 +54,7 @@ class Engine:
             OSError: the checkpoint cannot be found or read.
         """
         self.config = config
-
-        def start(num_threads: int, require_wanted: Callable[[], None]) -> StartedModel:
-            return start_model(
-                model=config.model,
-                revision=config.revision,
-                adapter=config.adapter,
-                device=config.device,
-                dtype=config.dtype,
-                num_threads=num_threads,
-                require_wanted=require_wanted,
-                max_slots=config.max_slots,
-                encode_batch=config.encode_batch,
-                compile=config.compile,
-                device_map=config.device_map,
-                skip_self_test=config.skip_self_test,
-                skip_cuda_graphs=config.skip_cuda_graphs,
-                allow_urls=config.allow_urls,
-                ignore_generation_config=config.ignore_generation_config,
-                image_size_px=config.image_size_px,
-                quantize=config.quantize,
-                quantization_choice=config.quantization_choice,
-            )
-
+        start = partial(start_model, **vars(config))
         self._core = EngineCore(start, config.num_threads)
         # An engine that nobody holds any longer ends its thread; at exit, the core does that by itself.
         weakref.finalize(self, self._core.release).atexit = False

@@ -21,9 +21,8 @@ from blip2_actor.engine import self_test
 from blip2_actor.engine.cuda_graphs import capturer_for
 from blip2_actor.engine.encoders import Encoders
 from blip2_actor.engine.input_processor import InputProcessor
-from blip2_actor.engine.memory import Sizes, size_engine
+from blip2_actor.engine.memory import size_engine
 from blip2_actor.engine.model_runner import ModelRunner
-from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.quantization.choice import QuantizationChoice
 from blip2_actor.quantization.methods import FP8, fuses, require_method
@@ -42,7 +41,6 @@ class StartedModel:
 
     runner: ModelRunner
     input_processor: InputProcessor
-    max_slots: int
     encode_batch: int
     encodes_ahead: bool
     """True if images are encoded next to decode steps: by a second thread on a CPU with several cores, on a
@@ -106,36 +104,22 @@ def start_model(
         pack_for_cpu(loaded)
     has_two_threads = is_plain_cpu and num_threads > 1
     replays = place.type == "cuda" and device_map is None and not skip_cuda_graphs
-    has_two_passes = has_two_threads or (replays and not is_compiled)  # a captured pass keeps its memory
-    sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_two_passes else 1)
+    replays_images = replays and not is_compiled  # by a captured pass, which keeps its memory
+    sizes = size_engine(loaded, max_slots, encode_batch, 2 if has_two_threads or replays_images else 1)
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
     input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)
-    runner = _new_runner(loaded, sizes, is_compiled, replays, replays_images=not has_two_threads)
+    encoders = Encoders(loaded, sizes.encode_batch, is_compiled, capturer_for(place, replays_images, 0))
+    runner = ModelRunner(loaded, sizes.max_slots, encoders, capturer_for(place, replays))
     require_wanted()
     test = None if skip_self_test else _test(runner, input_processor, checkpoint, image_size_px, quantization)
     return StartedModel(
         runner=runner,
         input_processor=input_processor,
-        max_slots=sizes.max_slots,
         encode_batch=sizes.encode_batch,
         encodes_ahead=has_two_threads or (place.type == "cuda" and device_map is None),
         self_test=test,
         quantization=quantization,
     )
-
-
-def _new_runner(
-    model: Blip2, sizes: Sizes, is_compiled: bool, replays: bool, replays_images: bool
-) -> ModelRunner:
-    """
-    Args:
-        replays: whether decode steps and full batches of images are captured and replayed.
-        replays_images: False leaves out the images, because two threads encode them.
-    """
-    device = model.query_tokens.device
-    of_images = capturer_for(device, replays, priority=0) if replays_images and not is_compiled else None
-    encoders = Encoders(model, sizes.encode_batch, is_compiled, of_images)
-    return ModelRunner(model, sizes.max_slots, encoders, capturer_for(device, replays))
 
 
 def _generation_config(checkpoint: Checkpoint, is_ignored: bool) -> dict[str, Any]:
