@@ -1,4 +1,4 @@
-"""The engine as callers see it: captions, scores and features, from any thread.
+"""The engine as callers see it: captions here, scores and features in `Reader`, from any thread.
 
 `generate` and `stream` are thin shells over `submit`. Each method prepares its inputs in the caller's thread
 and hands the rest to `EngineCore`, whose thread computes.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import weakref
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, NoReturn
@@ -19,15 +19,15 @@ from blip2_actor.config import EngineConfig
 from blip2_actor.engine.core import EngineCore
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.own_process import CANNOT_BE_SENT
-from blip2_actor.engine.readings import Readings
+from blip2_actor.engine.readings import Reader
 from blip2_actor.engine.startup import start_model
-from blip2_actor.engine.submission import Asked, OnText, submit, text_pieces
-from blip2_actor.inputs.arguments import Names, to_options, to_request, to_requests
+from blip2_actor.engine.submission import OnText, submit, text_pieces
+from blip2_actor.inputs.arguments import to_options, to_request, to_requests
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
+from blip2_actor.request import EngineStats, ImageLike, Request, Result
 
 
-class Engine:
+class Engine(Reader):
     """A loaded model that batches requests continuously. Close it, or use it as a context manager.
 
     The token ids of a request do not depend on the requests that run next to it. An engine that nobody holds
@@ -54,19 +54,16 @@ class Engine:
             OSError: the checkpoint cannot be found or read.
         """
         self.config = config
-        start = partial(start_model, **vars(config))
-        self._core = EngineCore(start, config.num_threads)
+        core = EngineCore(partial(start_model, **vars(config)), config.num_threads)
         # An engine that nobody holds any longer ends its thread; at exit, the core does that by itself.
-        weakref.finalize(self, self._core.release).atexit = False
-        started = self._core.started
-        self._input_processor = started.input_processor
-        self._readings = Readings(self._core, started.input_processor)
+        weakref.finalize(self, core.release).atexit = False
+        started = core.started
+        super().__init__(core, started.input_processor)
+        self._submit = partial(submit, core, started.input_processor)
         self.model, self.self_test = started.runner.model, started.self_test
         self.prompts = started.input_processor.prompts
         self.image_size_px = started.input_processor.image_size_px
-        self.step_watchers, self.quantization = self._core.step_watchers, started.quantization
-
-    # Texts ----------------------------------------------------------------------------------------------
+        self.step_watchers, self.quantization = core.step_watchers, started.quantization
 
     def generate(
         self,
@@ -160,13 +157,6 @@ class Engine:
         (future,) = self._submit([(request, chosen, texts.put)])
         yield from text_pieces(texts, future)
 
-    def _submit(
-        self, asked: Sequence[Asked], on_done: Callable[[], object] | None = None
-    ) -> list[Future[Result]]:
-        return submit(self._core, self._input_processor, asked, on_done)
-
-    # Images ---------------------------------------------------------------------------------------------
-
     def image(self, image: ImageLike) -> EncodedImage:
         """Return an image that several requests can share: it is encoded once, as long as it is held.
 
@@ -175,74 +165,6 @@ class Engine:
         """
         self._core.require_own_process()
         return self._input_processor.image(image)
-
-    def features(
-        self,
-        images: Sequence[ImageLike],
-        with_image_embeds: bool = False,
-        with_attention_maps: Names = False,
-        with_hidden_states: Names = False,
-    ) -> list[Features]:
-        """Return what the encoders compute of images, in order; a bad image is an entry with a status.
-
-        Args:
-            images: as in `Request.image`.
-            with_image_embeds: also return the output of the vision encoder.
-            with_attention_maps: also return attention maps of both encoders: True for all, or names and
-                patterns of names, such as `["qformer.*.cross_attention"]`. Those of a ViT-g take 165 MB an
-                image.
-            with_hidden_states: also return what each layer of both encoders computes, all or by name.
-
-        Raises:
-            ValueError: the model has no attention map or hidden state of such a name; the message lists them.
-        """
-        return self._readings.features(images, with_image_embeds, with_attention_maps, with_hidden_states)
-
-    def text_features(
-        self,
-        texts: Sequence[str | Sequence[int]],
-        attention_masks: Sequence[Sequence[int] | None] | None = None,
-        with_attention_maps: Names = False,
-        with_hidden_states: Names = False,
-    ) -> list[TextFeatures]:
-        """Return texts without an image as the language model (for T5: its encoder) reads them.
-
-        A text that is empty or too long is an entry with a status.
-
-        Args:
-            texts: texts, or their token ids.
-            attention_masks: one per text, 0 for tokens before and after it that are not read (padding).
-            with_attention_maps: as in `features`, of the language model.
-            with_hidden_states: as in `features`, of the language model.
-
-        Raises:
-            ValueError: as in `features`.
-        """
-        return self._readings.text_features(texts, attention_masks, with_attention_maps, with_hidden_states)
-
-    def score(
-        self,
-        images: Sequence[ImageLike],
-        texts: Sequence[str],
-        prompts: Sequence[str | None] | None = None,
-        with_attention_maps: Names = False,
-        with_hidden_states: Names = False,
-    ) -> list[Score]:
-        """Return how probable each text is after its image (and prompt), the end token included.
-
-        A bad image or text is an entry with a status. An image of `image()` that is scored with several
-        texts is encoded once.
-
-        Args:
-            with_attention_maps: as in `features`, of the language model as it reads image, prompt and text.
-            with_hidden_states: as in `features`, of the language model.
-
-        Raises:
-            ValueError: as in `features`, or there is not one text (and prompt) per image.
-        """
-        return self._readings.score(images, texts, prompts, with_attention_maps, with_hidden_states)
-
-    # The engine itself ----------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """Return counters since the start; cheap, from any thread."""

@@ -17,7 +17,6 @@ from blip2_actor.checkpoints.tokenizer import (
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.memory import max_positions_in_slots, max_positions_read
 from blip2_actor.engine.model_runner import TextToScore
-from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch, cut_at_stop
@@ -26,7 +25,6 @@ from blip2_actor.inputs.token_ids import to_token_ids, without_padding
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
-from blip2_actor.status import Status
 
 logger = logging.getLogger(__name__)
 
@@ -92,19 +90,13 @@ class InputProcessor:
                 texts.
 
         Raises:
-            RequestRefused: the image, the prompt or the options cannot be served.
+            ValueError: the image, the prompt or the options cannot be served.
         """
-        try:
-            options = self.resolve(request.options or options)
-        except ValueError as error:
-            raise RequestRefused(Status.REFUSED, str(error)) from error
+        options = self.resolve(request.options or options)
         image = self.image(request.image)
-        try:
-            prompt_ids = self.prompts.encode(request.prompt)
-            options.require_known_tokens(self.prompts.vocab_size)
-        except ValueError as error:
-            raise RequestRefused(Status.REFUSED, str(error)) from error
-        self._check_room(prompt_ids, options)
+        prompt_ids = self.prompts.encode(request.prompt)
+        options.require_known_tokens(self.prompts.vocab_size)
+        self._require_slots(prompt_ids, options)
         processor = request.logits_processor
         prefix_ids = self.model.prefix_ids(prompt_ids)
         count = options.num_return_sequences
@@ -120,61 +112,52 @@ class InputProcessor:
 
         return RequestState(image, prompt_ids, options, make_searches, request.low_priority)
 
-    def text_to_score(
-        self, image: EncodedImage, prompt: str | None, text: str
-    ) -> TextToScore | RequestRefused:
-        """Return the ids of a prompt and of a text to score; or why the text cannot be scored."""
-        try:
-            prompt_ids, text_ids = self.prompts.encode(prompt), self.prompts.encode_text(text)
-            num_tokens = len(prompt_ids) + len(text_ids)
-            self._check_length(num_tokens, "prompt and text together", self.max_positions_read)
-        except RequestRefused as refusal:
-            return refusal
-        except ValueError as error:
-            return RequestRefused(Status.REFUSED, str(error))
+    def text_to_score(self, image: EncodedImage, prompt: str | None, text: str) -> TextToScore:
+        """Return the ids of a prompt and of a text to score.
+
+        Raises:
+            ValueError: the text cannot be scored.
+        """
+        prompt_ids, text_ids = self.prompts.encode(prompt), self.prompts.encode_text(text)
+        num_tokens = len(prompt_ids) + len(text_ids)
+        self._require_room(num_tokens, "prompt and text together", self.max_positions_read)
         return image, prompt_ids, text_ids
 
-    def text_without_image(
-        self, text: str | Sequence[int], mask: Sequence[int] | None
-    ) -> list[int] | RequestRefused:
-        """Return the ids of a text without an image, or why it cannot be read; see `Engine.text_features`."""
-        try:
-            if isinstance(text, str):
-                require_non_empty(text)
-                token_ids = self.prompts.encode(text)
-            else:
-                token_ids = to_token_ids(text)
-                require_known_tokens(token_ids, self.prompts.vocab_size, self.prompts.image_token_id)
-            token_ids = without_padding(token_ids, mask)
-        except ValueError as error:
-            return RequestRefused(Status.REFUSED, str(error))
-        limit = self.max_positions_read
+    def text_without_image(self, text: str | Sequence[int], mask: Sequence[int] | None) -> list[int]:
+        """Return the ids of a text without an image; see `Engine.text_features`.
+
+        Raises:
+            ValueError: the text cannot be read.
+        """
+        if isinstance(text, str):
+            token_ids = self.prompts.encode(require_non_empty(text))
+        else:
+            token_ids = to_token_ids(text)
+            require_known_tokens(token_ids, self.prompts.vocab_size, self.prompts.image_token_id)
+        token_ids, limit = without_padding(token_ids, mask), self.max_positions_read
         if not token_ids:
-            return RequestRefused(Status.REFUSED, "text must have at least one token, got none")
+            raise ValueError("text must have at least one token, got none")
         if len(token_ids) > limit:
-            return RequestRefused(
-                Status.REFUSED, f"text must have at most {limit} tokens, got {len(token_ids)}; shorten it"
-            )
+            raise ValueError(f"text must have at most {limit} tokens, got {len(token_ids)}; shorten it")
         return token_ids
 
-    def _check_length(self, num_tokens: int, what: str, limit: int) -> None:
-        """Raise `RequestRefused` if the queries and `num_tokens` exceed the positions of the model or of
-        memory."""
+    def _require_room(self, num_tokens: int, what: str, limit: int) -> None:
+        """Raise ValueError if the queries and `num_tokens` exceed the positions of the model or of memory."""
+        require_room(num_tokens, what, limit, self.model.config.num_query_tokens)
+
+    def _require_slots(self, prompt_ids: list[int], options: GenerationOptions) -> None:
+        """Raise ValueError if the slots are too few or too short for a request."""
+        num_tokens, limit = len(prompt_ids) + options.max_new_tokens, self.max_positions_in_slots
         try:
-            require_room(num_tokens, what, limit, self.model.config.num_query_tokens)
+            self._require_room(num_tokens, "prompt and max_new_tokens together", limit)
         except ValueError as error:
             remedy = ", or lower max_slots" if limit < self.max_positions_read else ""
-            raise RequestRefused(Status.REFUSED, f"{error}{remedy}") from error
-
-    def _check_room(self, prompt_ids: list[int], options: GenerationOptions) -> None:
-        num_tokens = len(prompt_ids) + options.max_new_tokens
-        self._check_length(num_tokens, "prompt and max_new_tokens together", self.max_positions_in_slots)
+            raise ValueError(f"{error}{remedy}") from error
         num_slots = max(options.num_beams, options.num_return_sequences)
         if num_slots > self.max_slots:
-            raise RequestRefused(
-                Status.REFUSED,
+            raise ValueError(
                 f"num_beams and num_return_sequences must be at most {self.max_slots}, got {num_slots}; "
-                "raise max_slots",
+                "raise max_slots"
             )
 
     def _text_sender(

@@ -24,7 +24,7 @@ from blip2_actor.device import prepare_device, resolve_device, resolve_dtype, se
 from blip2_actor.engine.memory import full_encode_batch
 from blip2_actor.engine.out_of_memory import ItemT, ResultT, ShrinkingBatches
 from blip2_actor.engine.own_process import CANNOT_BE_SENT, OwnProcess
-from blip2_actor.engine.refusal import RequestRefused
+from blip2_actor.engine.refusal import RequestRefused, or_refusal, with_refusals
 from blip2_actor.engine.request_state import NOT_FINITE
 from blip2_actor.inputs.arguments import require_one_per_image, to_list, to_texts
 from blip2_actor.inputs.image_input import to_pixels
@@ -93,22 +93,15 @@ class MatchingEngine:
         """
         images, texts = to_list("images", images), to_texts("texts", texts)
         require_one_per_image("texts", texts, images)
-        results: list[Match | None] = []
-        by_image: dict[int, tuple[np.ndarray, list[list[int]], list[int]]] = {}
-        for row, (pixels, text) in enumerate(zip(self._pixels(images), texts, strict=True)):
-            ids = self._token_ids(text)
-            refusal = next((x for x in (pixels, ids) if isinstance(x, RequestRefused)), None)
-            results.append(None if refusal is None else Match(status=refusal.status, error=str(refusal)))
-            if not isinstance(pixels, RequestRefused) and not isinstance(ids, RequestRefused):
-                _, ids_of_image, rows = by_image.setdefault(id(pixels), (pixels, [], []))
-                ids_of_image.append(ids)
-                rows.append(row)
-        images_with_texts = [(pixels, ids) for pixels, ids, _ in by_image.values()]
-        scored = self._run(self._image_batches, self._score, images_with_texts)
-        for (_, _, rows), matches in zip(by_image.values(), scored, strict=True):
-            for row, match in zip(rows, matches, strict=True):
-                results[row] = match
-        return [match for match in results if match is not None]
+
+        def with_text(pixels: np.ndarray, text: str) -> tuple[np.ndarray, list[int]]:
+            return pixels, self._token_ids(text)
+
+        rows = [
+            pixels if isinstance(pixels, RequestRefused) else or_refusal(with_text, pixels, text)
+            for pixels, text in zip(self._pixels(images), texts, strict=True)
+        ]
+        return with_refusals(rows, self._score_rows, Match)
 
     def image_embeddings(self, images: Sequence[ImageLike] | np.ndarray) -> list[Embedding]:
         """Return unit vectors of images, one per query; a bad image is an entry with a status."""
@@ -116,7 +109,7 @@ class MatchingEngine:
 
     def text_embeddings(self, texts: Sequence[str]) -> list[Embedding]:
         """Return unit vectors of texts; a text that is empty or too long is an entry with a status."""
-        token_ids = [self._token_ids(text) for text in to_texts("texts", texts)]
+        token_ids = [or_refusal(self._token_ids, text) for text in to_texts("texts", texts)]
         return self._embed(self._text_batches, self._embed_texts, token_ids)
 
     def stats(self) -> EngineStats:
@@ -143,27 +136,32 @@ class MatchingEngine:
         known: dict[int, np.ndarray | RequestRefused] = {}
         for image in images:
             if id(image) not in known:
-                try:
-                    known[id(image)] = to_pixels(image, self.image_size_px, self.config.allow_urls)
-                except RequestRefused as refusal:
-                    known[id(image)] = refusal
+                size_px, allow_urls = self.image_size_px, self.config.allow_urls
+                known[id(image)] = or_refusal(to_pixels, image, size_px, allow_urls)
         return [known[id(image)] for image in images]
 
-    def _token_ids(self, text: str) -> list[int] | RequestRefused:
-        """Return ids as the reference's processor makes them, with special tokens but without image
-        tokens."""
-        try:
-            token_ids: list[int] = self.tokenizer(require_non_empty(text), verbose=False).input_ids
-            vocab_size = self.model.word_embeddings.num_embeddings
-            require_known_tokens(token_ids, vocab_size, self.model.config.image_token_index)
-        except ValueError as error:
-            return RequestRefused(Status.REFUSED, str(error))
+    def _token_ids(self, text: str) -> list[int]:
+        """Return ids as the reference's processor makes them, with special tokens but without image tokens.
+
+        Raises:
+            ValueError: the text cannot be read.
+        """
+        token_ids: list[int] = self.tokenizer(require_non_empty(text), verbose=False).input_ids
+        vocab_size = self.model.word_embeddings.num_embeddings
+        require_known_tokens(token_ids, vocab_size, self.model.config.image_token_index)
         limit = self.model.position_embeddings.num_embeddings
         if len(token_ids) > limit:
-            return RequestRefused(
-                Status.REFUSED, f"text must be at most {limit} tokens, got {len(token_ids)}; shorten it"
-            )
+            raise ValueError(f"text must be at most {limit} tokens, got {len(token_ids)}; shorten it")
         return token_ids
+
+    def _score_rows(self, rows: list[tuple[np.ndarray, list[int]]]) -> list[Match]:
+        """Score pixels with token ids; rows of the same array share one image."""
+        by_image: dict[int, ImageWithTexts] = {}
+        for pixels, token_ids in rows:
+            by_image.setdefault(id(pixels), (pixels, []))[1].append(token_ids)
+        scored = self._run(self._image_batches, self._score, list(by_image.values()))
+        matches = dict(zip(by_image, map(iter, scored), strict=True))
+        return [next(matches[id(pixels)]) for pixels, _ in rows]
 
     def _embed(
         self,
@@ -171,13 +169,7 @@ class MatchingEngine:
         embed: Callable[[list[ItemT]], list[np.ndarray]],
         items: list[ItemT | RequestRefused],
     ) -> list[Embedding]:
-        vectors = iter(self._run(batches, embed, [x for x in items if not isinstance(x, RequestRefused)]))
-        return [
-            Embedding(status=x.status, error=str(x))
-            if isinstance(x, RequestRefused)
-            else _embedding(next(vectors))
-            for x in items
-        ]
+        return with_refusals(items, lambda rows: map(_embedding, self._run(batches, embed, rows)), Embedding)
 
     def _run(
         self, batches: ShrinkingBatches, work: Callable[[list[ItemT]], list[ResultT]], items: list[ItemT]

@@ -213,17 +213,17 @@ class ModelRunner:
         return self._text_batches.run(read, token_ids)
 
     @torch.inference_mode()
-    def record(self, images: list[EncodedImage], recorder: Recorder, from_image_embeds: bool = False) -> None:
-        """Run one image through the encoders once more, for the recorder.
+    def record(self, image: EncodedImage, recorder: Recorder, from_image_embeds: bool = False) -> None:
+        """Run an image through the encoders once more, for the recorder.
 
         Args:
             from_image_embeds: the vision encoder does not run again; its output is kept.
         """
         if from_image_embeds:
-            kept = [image.image_embeds for image in images if image.image_embeds is not None]
-            image_embeds = torch.stack(kept)
+            assert image.image_embeds is not None, "it is kept"
+            image_embeds = image.image_embeds[None]
         else:
-            pixels = stack_pixels(images).to(self.device)
+            pixels = stack_pixels([image]).to(self.device)
             image_embeds = self.model.vision(self.model.normalizer(pixels, self.dtype), recorder)
         self.model.qformer_features(image_embeds, recorder)
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from blip2_actor.engine.core import EngineCore
 from blip2_actor.engine.input_processor import InputProcessor
 from blip2_actor.engine.memory import MAX_ENCODE_BATCH
-from blip2_actor.engine.refusal import RequestRefused
+from blip2_actor.engine.refusal import RequestRefused, or_refusal
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import Request, Result
@@ -37,12 +37,13 @@ def submit(
             group = asked[start : start + MAX_ENCODE_BATCH]
             states: list[RequestState] = []
             for request, options, on_text in group:
-                try:
-                    states.append(input_processor.request_state(request, options, on_text))
-                    futures.append(states[-1].future)
-                except RequestRefused as refusal:
+                state = or_refusal(input_processor.request_state, request, options, on_text)
+                if isinstance(state, RequestRefused):
                     futures.append(Future())
-                    futures[-1].set_result(Result(status=refusal.status, error=str(refusal)))
+                    futures[-1].set_result(Result(status=state.status, error=str(state)))
+                else:
+                    futures.append(state.future)
+                    states.append(state)
             core.enqueue(states, num_requests=len(group))
             if on_done is not None:
                 for future in futures[start:]:

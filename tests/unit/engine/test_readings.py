@@ -15,7 +15,7 @@ from blip2_actor import EngineConfig, Status
 from blip2_actor.engine.core import EngineCore
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.input_processor import InputProcessor
-from blip2_actor.engine.readings import Readings
+from blip2_actor.engine.readings import Reader
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.testing import random_images, save_tiny_checkpoint
 
@@ -43,7 +43,7 @@ class TakesHandles:
 def test_a_call_for_an_image_that_is_cancelled_ends(is_cancelled_before: bool) -> None:
     """Its thread was held until the encoders had time for an image that nobody wanted any longer."""
     core, image = BusyCore(), EncodedImage(np.zeros((2, 2, 3), np.uint8), low_priority=True)
-    readings = Readings(cast(EngineCore, core), cast(InputProcessor, TakesHandles()))
+    readings = Reader(cast(EngineCore, core), cast(InputProcessor, TakesHandles()))
 
     def read() -> Any:
         return readings.features([image], False, False, False)
@@ -64,7 +64,7 @@ def test_a_call_that_ends_for_one_image_lets_the_others_go() -> None:
     core = BusyCore()
     images = [EncodedImage(np.zeros((2, 2, 3), np.uint8)) for _ in range(3)]
     images[1].cancel()
-    readings = Readings(cast(EngineCore, core), cast(InputProcessor, TakesHandles()))
+    readings = Reader(cast(EngineCore, core), cast(InputProcessor, TakesHandles()))
     with ThreadPoolExecutor() as threads:
         call = threads.submit(readings.features, images, False, False, False)
         assert core.has_more.wait(5)
