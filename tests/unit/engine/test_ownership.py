@@ -208,7 +208,8 @@ def no_garbage_collection() -> Iterator[None]:
 def test_an_engine_that_nobody_holds_ends_its_threads_and_frees_the_model(
     checkpoint_folder, num_threads: int, no_garbage_collection: None
 ) -> None:
-    """Notebooks build one engine after the other. The futures and results of the first do not keep it."""
+    """Notebooks build one engine after the other. The futures and results of the first do not keep it, nor do
+    refused rows: the traceback of an error holds the frames that hold the engine."""
     running = {thread.name for thread in threading.enumerate()}
     engine = config(checkpoint_folder, num_threads).build()
     futures = [engine.submit(Request(image=PICTURE)) for _ in range(9)]
@@ -218,7 +219,10 @@ def test_an_engine_that_nobody_holds_ends_its_threads_and_frees_the_model(
         engine.features([shared], with_attention_maps=True),
         engine.score([PICTURE], ["a"]),
         list(engine.stream(Request(image=PICTURE))),
-        engine.generate([Request(image=b"")]),
+        engine.generate([Request(image=b""), Request(image=PICTURE, prompt="a" * 1000)]),
+        engine.features([b"no image"]),
+        engine.score([b"no image", PICTURE], ["a", ""]),
+        engine.text_features([""]),
     ]
     model, runner = weakref.ref(engine.model), weakref.ref(engine._core.runner)
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("blip2-")]
@@ -235,7 +239,7 @@ def test_an_engine_that_nobody_holds_ends_its_threads_and_frees_the_model(
 def test_a_matching_engine_that_nobody_holds_ends_too(tmp_path: Path, no_garbage_collection: None) -> None:
     folder = save_tiny_retrieval_checkpoint(tmp_path)
     engine = MatchingConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1).build()
-    kept = engine.score([PICTURE], ["a"]), engine.image_embeddings([PICTURE])
+    kept = engine.score([PICTURE, b"no image"], ["a", "a"]), engine.text_embeddings(["a", ""])
     model = weakref.ref(engine.model)
     (thread,) = [t for t in threading.enumerate() if t.name.startswith("blip2-matching")][-1:]
     del engine
