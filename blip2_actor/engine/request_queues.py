@@ -50,18 +50,9 @@ class EncodeQueue:
         self._requests[image].append(request)
 
     @property
-    def first_arrival(self) -> int:
-        """Arrival of the oldest request for the first image."""
-        return self._first_request.arrival
-
-    @property
     def first_arrived_s(self) -> float:
         """When the oldest request for the first image came."""
-        return self._first_request.arrived_s
-
-    @property
-    def _first_request(self) -> RequestState:
-        return self._requests[next(iter(self._images))][0]
+        return self._requests[next(iter(self._images))][0].arrived_s
 
     def take(self, max_images: int) -> list[EncodedImage]:
         """Remove the first images that a caller still wants; their requests go on waiting."""
@@ -105,8 +96,8 @@ class ReadyQueue:
         return len(self._requests)
 
     @property
-    def first_arrival(self) -> int:
-        return self._requests[0].arrival
+    def first_arrived_s(self) -> float:
+        return self._requests[0].arrived_s
 
     def add(self, request: RequestState) -> None:
         """Queue a request for its slots.
@@ -179,7 +170,7 @@ class Lane:
 
         Requests for images that are encoded already overtake it; they must not do so without end.
         """
-        return bool(self.waiting and self.ready) and self.waiting.first_arrival < self.ready.first_arrival
+        return bool(self.waiting and self.ready) and self.waiting.first_arrived_s < self.ready.first_arrived_s
 
 
 class Lanes:

@@ -37,8 +37,6 @@ class RequestState:
     make_searches: Callable[[], Searches] = list
     low_priority: bool = False
     future: Future[Result] = field(default_factory=Future)
-    arrival: int = 0
-    """Position in the order of arrival; the scheduler sets it."""
     arrived_s: float = field(default_factory=time.monotonic)
     """When the caller handed it over, by the clock of `EncodeStage`."""
     searches: Searches = field(init=False)

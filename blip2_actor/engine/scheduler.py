@@ -81,7 +81,6 @@ class Scheduler:
         self.encoding = EncodeStage(runner, self.limits, self.lanes, self.slots, self._recovery, encode_ahead)
         self._reads_late = reads_late
         self._unread = UnreadTokens(runner)
-        self._num_arrived = 0
         self._cancelled: deque[Future[Result]] = deque()
         """Futures that callers have cancelled since the last step. Asking each of 64 running texts instead
         takes 68 us a step (2026-11-26)."""
@@ -90,8 +89,6 @@ class Scheduler:
 
     def add(self, request: RequestState) -> None:
         """Queue a request; an image that is already encoded is not encoded again."""
-        request.arrival = self._num_arrived
-        self._num_arrived += 1
         self.lanes.of(request).add(request)
 
     @property

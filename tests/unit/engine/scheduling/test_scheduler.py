@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -14,6 +16,8 @@ from blip2_actor.generation.search import TextSearch
 from tests.unit.engine.scheduling.no_model import NoModel, Words
 
 OPTIONS = GenerationOptions(max_new_tokens=2).resolve()
+ARRIVALS_S = itertools.count()
+"""Long ago, and far apart: no image waits for another one."""
 
 
 def make_scheduler() -> Scheduler:
@@ -24,7 +28,7 @@ def make_request(image: EncodedImage) -> RequestState:
     def searches() -> Searches:
         return [TextSearch(OPTIONS, [1], Words())]
 
-    return RequestState(image, [1], OPTIONS, searches, arrived_s=0.0)
+    return RequestState(image, [1], OPTIONS, searches, arrived_s=next(ARRIVALS_S))
 
 
 def make_image() -> EncodedImage:
