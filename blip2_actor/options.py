@@ -11,29 +11,27 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
+from math import inf
 from types import MappingProxyType
 from typing import Any, Literal
 
 from blip2_actor.inputs.field_types import require_types
 
-_MINIMA = {
-    "max_new_tokens": 1,
-    "min_new_tokens": 0,
-    "num_beams": 1,
-    "no_repeat_ngram_size": 0,
-    "top_k": 0,
-    "num_return_sequences": 1,
-    "seed": 0,
-}
-"""Smallest values of the whole numbers."""
-
 _RANGES = {
+    "max_new_tokens": (1, inf),
+    "min_new_tokens": (0, inf),
+    "num_beams": (1, inf),
+    "no_repeat_ngram_size": (0, inf),
+    "top_k": (0, inf),
+    "num_return_sequences": (1, inf),
+    "seed": (0, inf),
     "repetition_penalty": (1e-3, 1e3),
     "temperature": (1e-6, 1e6),
-    "min_p": (0.0, 1.0),
-    "length_penalty": (-50.0, 50.0),
+    "min_p": (0, 1),
+    "length_penalty": (-50, 50),
 }
-"""Outside these ranges, float32 scores become infinite or zero, and the text is meaningless."""
+"""Smallest and largest values. With other penalties and temperatures, float32 scores become infinite or zero,
+and the text is meaningless."""
 
 _FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 """Options without effect unless do_sample is set."""
@@ -207,14 +205,10 @@ class GenerationOptions:
             _require(largest < vocab_size, name, f"token ids below {vocab_size}", largest)
 
     def _check_ranges(self) -> None:
-        for name, minimum in _MINIMA.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            _require(value >= minimum, name, f"at least {minimum}", value)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            _require(value is None or low <= value <= high, name, f"from {low:g} to {high:g}", value)
+            rule = f"at least {low}" if high == inf else f"from {low:g} to {high:g}"
+            _require(value is None or low <= value <= high, name, rule, value)
         _require(self.seed is None or self.seed < 1 << 63, "seed", f"below {1 << 63}", self.seed)
         for name in ("top_p", "typical_p"):
             value = getattr(self, name)

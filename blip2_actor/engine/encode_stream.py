@@ -8,7 +8,6 @@ waits for memory more than it computes. The decode steps go first, because their
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +77,4 @@ class EncodeStream:
             for tensor in batch.encoded:
                 tensor.record_stream(torch.cuda.current_stream())
         encoded = batch.encoded
-        return batch.images, _out_of_memory(lambda: self._runner.store(batch.images, encoded))
-
-
-def _out_of_memory(work: Callable[[], None]) -> OutOfMemory | None:
-    outcome = catch_out_of_memory(work)
-    return outcome if isinstance(outcome, OutOfMemory) else None
+        return batch.images, catch_out_of_memory(lambda: self._runner.store(batch.images, encoded))

@@ -54,7 +54,8 @@ class InputProcessor:
         """Maximum length of a text that is generated: all slots become as long as the longest text."""
         self.prompts = prompts
         self.image_size_px = image_size_px
-        self._resolve = lru_cache(MAX_OPTIONS)(partial(GenerationOptions.resolve, stored=generation_config))
+        self.resolve = lru_cache(MAX_OPTIONS)(partial(GenerationOptions.resolve, stored=generation_config))
+        """`GenerationOptions.resolve` with what the checkpoint has stored."""
         self.max_slots = max_slots
         self.allow_urls = allow_urls
         self._owner = object()
@@ -70,14 +71,6 @@ class InputProcessor:
         if isinstance(image, EncodedImage) and image.owner is self._owner:
             return image
         return EncodedImage(to_pixels(image, self.image_size_px, self.allow_urls), self._owner)
-
-    def resolve(self, options: GenerationOptions) -> GenerationOptions:
-        """Return options with a value for each; those not given are the checkpoint's, or the defaults.
-
-        Raises:
-            ValueError: the options contradict each other.
-        """
-        return self._resolve(options)
 
     def request_state(
         self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None
