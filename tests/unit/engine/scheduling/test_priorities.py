@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from blip2_actor import GenerationOptions
 from blip2_actor.engine.encode_stage import COMPANY_S, GATHER_S
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.out_of_memory import OutOfMemory
-from blip2_actor.engine.request_state import RequestState, Searches
+from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.scheduler import Scheduler
-from blip2_actor.generation.search import TextSearch
-from tests.unit.engine.scheduling.no_model import NoModel, Words
+from tests.unit.engine.scheduling.no_model import NoModel, make_image, make_request
 
 MAX_SLOTS, ENCODE_BATCH = 32, 16
 MEAN_TOKENS = 20
@@ -25,23 +23,6 @@ STEP_S = GATHER_S / 2
 
 def make_scheduler(max_slots: int = MAX_SLOTS) -> Scheduler:
     return Scheduler(NoModel(), max_slots, ENCODE_BATCH)  # type: ignore[arg-type]  # a stand-in
-
-
-def make_request(
-    num_tokens: int,
-    low_priority: bool = False,
-    image: EncodedImage | None = None,
-    num_texts: int = 1,
-    arrived_s: float = 0.0,
-) -> RequestState:
-    """Make a request; by default, one whose image has waited long enough for others."""
-    options = GenerationOptions(max_new_tokens=num_tokens).resolve()
-
-    def searches() -> Searches:
-        return [TextSearch(options, [1], Words()) for _ in range(num_texts)]
-
-    image = EncodedImage(np.zeros((2, 2, 3), np.uint8)) if image is None else image
-    return RequestState(image, [1], options, searches, low_priority, arrived_s=arrived_s)
 
 
 class Load:
@@ -192,7 +173,7 @@ def test_a_request_that_does_not_fit_yet_preempts_nobody_in_vain() -> None:
 
 def test_an_image_that_both_priorities_want_is_encoded_once() -> None:
     scheduler = make_scheduler()
-    shared = EncodedImage(np.zeros((2, 2, 3), np.uint8))
+    shared = make_image()
     requests = [make_request(2, low_priority=low, image=shared) for low in (True, False, True)]
     for request in requests:
         scheduler.add(request)
@@ -234,7 +215,7 @@ def test_an_image_of_both_priorities_survives_passes_that_fail_and_callers_who_l
     choose = random.Random(0)
     scheduler = make_scheduler()
     encoding, lanes = scheduler.encoding, scheduler.lanes
-    images = [EncodedImage(np.zeros((2, 2, 3), np.uint8)) for _ in range(4)]
+    images = [make_image() for _ in range(4)]
     requests: list[RequestState] = []
     passes: list[list[EncodedImage]] = []
     for _ in range(4000):
@@ -274,7 +255,7 @@ def test_an_image_of_both_priorities_survives_passes_that_fail_and_callers_who_l
 
 def test_an_image_that_does_not_fit_alone_fails_the_requests_of_both_priorities() -> None:
     scheduler = Scheduler(NoModel(), 1, 1)  # type: ignore[arg-type]  # a stand-in
-    image = EncodedImage(np.zeros((2, 2, 3), np.uint8))
+    image = make_image()
     requests = [make_request(1, low_priority=low, image=image) for low in (False, True)]
     for request in requests:
         scheduler.add(request)

@@ -3,32 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
-import numpy as np
-
-from blip2_actor import GenerationOptions
-from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.out_of_memory import Limits
 from blip2_actor.engine.request_queues import ReadyQueue
-from blip2_actor.engine.request_state import RequestState, Searches
-from blip2_actor.generation.beam_search import BeamSearch
-
-
-class Words:
-    end_ids = frozenset({0})
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        return ""
-
-
-def make_request(num_beams: int) -> RequestState:
-    options = GenerationOptions(num_beams=num_beams).resolve()
-
-    def searches() -> Searches:
-        return [BeamSearch(options, [1], Words())]
-
-    return RequestState(EncodedImage(np.zeros((2, 2, 3), np.uint8)), [1], options, searches)
+from tests.unit.engine.scheduling.no_model import make_request
 
 
 def test_the_number_of_wanted_slots_follows_every_change() -> None:
@@ -38,7 +16,7 @@ def test_the_number_of_wanted_slots_follows_every_change() -> None:
     for step in range(400):
         action = choose.randrange(4)
         if action < 2:
-            ready.add(make_request(choose.randint(1, 16)))  # some need too many slots, and fail
+            ready.add(make_request(2, num_texts=choose.randint(1, 16)))  # some need too many slots, and fail
         elif action == 2:
             taken = ready.take(choose.randint(0, 16), choose.randint(1, 3))
             for request in taken[1:]:
@@ -55,7 +33,7 @@ def test_the_number_of_wanted_slots_follows_every_change() -> None:
 
 def test_a_request_that_needs_more_slots_than_there_are_fails_and_does_not_wait_forever() -> None:
     ready = ReadyQueue(Limits(max_slots=4, encode_batch=4))
-    fits, exceeds = make_request(4), make_request(5)
+    fits, exceeds = make_request(2, num_texts=4), make_request(2, num_texts=5)
     ready.add(fits)
     ready.add(exceeds)
     assert ready.take(4, 2) == [fits] and not fits.future.done()

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
-import numpy as np
 import pytest
 
 from blip2_actor import GenerationOptions
-from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.slot_table import RunningText, SlotTable
 from blip2_actor.generation.beam_search import BeamSearch
-
-
-class Words:
-    end_ids = frozenset({0})
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        return ""
-
-
-IMAGE = EncodedImage(np.zeros((2, 2, 3), np.uint8))
+from tests.unit.engine.scheduling.no_model import Words, make_image
 
 
 def place(table: SlotTable, num_slots: int) -> RunningText:
     search = BeamSearch(GenerationOptions(num_beams=num_slots).resolve(), [1], Words())
-    return table.place(RequestState(IMAGE, make_searches=lambda: [search]), search, prefix_length=3)
+    return table.place(RequestState(make_image(), make_searches=lambda: [search]), search, prefix_length=3)
 
 
 def used(table: SlotTable) -> list[int]:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from torch import Tensor
 
 from blip2_actor import EngineConfig, GenerationOptions, Request
-from blip2_actor.engine.encoded_image import EncodedImage
-from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.engine.step_shares import StepShares
-from blip2_actor.generation.search import TextSearch
 from blip2_actor.testing import random_images, save_tiny_checkpoint
-from tests.unit.engine.scheduling.no_model import NoModel, Words
+from tests.unit.engine.scheduling.no_model import NoModel, make_request
 
 NUM_TOKENS = 10
 LONG = 10_000
@@ -35,25 +31,16 @@ class Device(NoModel):
         return super().decode(token_ids, lengths)
 
 
-def make_request(num_texts: int, num_tokens: int) -> RequestState:
-    options = GenerationOptions(max_new_tokens=num_tokens).resolve()
-
-    def searches() -> Searches:
-        return [TextSearch(options, [1], Words()) for _ in range(num_texts)]
-
-    return RequestState(EncodedImage(np.zeros((2, 2, 3), np.uint8)), [1], options, searches, arrived_s=0.0)
-
-
 def run(device: Device, *, has_costly: bool, shares_steps: bool = True) -> tuple[float, int]:
     """Return the seconds of steps that 20 captions take, one after the other, and the number of steps."""
     scheduler = Scheduler(device, 32, 4, shares_steps=shares_steps)  # type: ignore[arg-type]  # a stand-in
     scheduler._shares = StepShares(lambda: device.now_s)
     if has_costly:
-        scheduler.add(make_request(16, LONG))
+        scheduler.add(make_request(LONG, num_texts=16))
         scheduler.step()
     began_s, began_at, device.num_costly_steps = device.now_s, scheduler.counters.num_decode_steps, 0
     for _ in range(20):
-        caption = make_request(1, NUM_TOKENS)
+        caption = make_request(NUM_TOKENS)
         scheduler.add(caption)
         while not caption.future.done():
             scheduler.step()

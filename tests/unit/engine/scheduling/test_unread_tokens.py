@@ -6,18 +6,16 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import wait
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from blip2_actor import GenerationOptions
-from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.generation.step import LateTokens
-from tests.unit.engine.scheduling.no_model import NoModel, Words
+from tests.unit.engine.scheduling.no_model import NoModel, Words, make_image
 
 
 class LateModel(NoModel):
@@ -84,8 +82,7 @@ def add(
     def searches() -> Searches:
         return [TextSearch(of_text, [1], Words(), on_token=on_token) for of_text in asked]
 
-    image = EncodedImage(np.zeros((2, 2, 3), np.uint8))
-    request = RequestState(image, [1], asked[0], searches, low_priority, arrived_s=0.0)
+    request = RequestState(make_image(), [1], asked[0], searches, low_priority, arrived_s=0.0)
     request.future.add_done_callback(scheduler.note_cancelled)
     scheduler.add(request)
     return request
