@@ -16,7 +16,7 @@ from math import inf
 from random import Random
 
 from blip2_actor.generation.logits_processors import SequenceSoFar, has_processors
-from blip2_actor.generation.search import Vocabulary, cut_at_stop
+from blip2_actor.generation.search import Vocabulary, has_ended, to_completion
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import Completion, LogitsProcessor
 
@@ -96,7 +96,7 @@ class BeamSearch:
 
     def fail(self, error: str) -> None:
         """End without a text."""
-        self.error = error
+        self.error, self.done = error, True
 
     def advance(self, candidates: Sequence[Candidate]) -> list[int]:
         """Advance all beams by one token.
@@ -109,7 +109,7 @@ class BeamSearch:
         """
         length = len(self.beams[0].token_ids) + 1
         extended = [self._extend(c) for c in candidates]
-        ended = [self._has_ended(h, length) for h in extended]
+        ended = [has_ended(h.token_ids, self.options, self.vocabulary) for h in extended]
         scores = [h.score + (IMPOSSIBLE if e else 0.0) for h, e in zip(extended, ended, strict=True)]
         kept = sorted(range(len(extended)), key=scores.__getitem__, reverse=True)[: self.num_slots]
 
@@ -120,8 +120,7 @@ class BeamSearch:
         # If too few go on, as with many stop texts, beams that have ended stay, with scores that never win.
         self.beams = [replace(extended[i], score=scores[i]) for i in kept]
         self.is_improvable = self.is_improvable and self._can_improve(length)
-        has_failed = self.error is not None
-        self.done = has_failed or not self.is_improvable or self._stops_early() or all(ended)
+        self.done = self.done or not self.is_improvable or self._stops_early() or all(ended)
         return [candidates[i].parent for i in kept]
 
     def _finish(self, hypotheses: Sequence[Hypothesis], length: int) -> None:
@@ -139,12 +138,6 @@ class BeamSearch:
         token_ids = (*parent.token_ids, candidate.token_id)
         return Hypothesis(token_ids, candidate.score, (*parent.token_logprobs, candidate.logprob))
 
-    def _has_ended(self, hypothesis: Hypothesis, length: int) -> bool:
-        if hypothesis.token_ids[-1] in self.vocabulary.end_ids or length >= self.options.max_new_tokens:
-            return True
-        stop = self.options.stop
-        return bool(stop) and cut_at_stop(self.vocabulary.detokenize(hypothesis.token_ids), stop) is not None
-
     def _can_improve(self, length: int) -> bool:
         """Estimate, as the reference does, if the best beam can still beat the worst finished text."""
         options = self.options
@@ -155,18 +148,5 @@ class BeamSearch:
         return self.beams[0].score / best_length**options.length_penalty > self.finished[-1].score
 
     def completions(self) -> list[Completion]:
-        completions = []
-        for hypothesis in self.finished[: self.options.num_return_sequences]:
-            has_end_token = hypothesis.token_ids[-1] in self.vocabulary.end_ids
-            text = self.vocabulary.detokenize(hypothesis.token_ids)
-            cut = cut_at_stop(text, self.options.stop)
-            completions.append(
-                Completion(
-                    text=text.strip() if cut is None else cut,
-                    token_ids=hypothesis.token_ids,
-                    logprob=sum(hypothesis.token_logprobs),
-                    token_logprobs=hypothesis.token_logprobs,
-                    finish_reason="stop" if has_end_token or cut is not None else "length",
-                )
-            )
-        return completions
+        best = self.finished[: self.options.num_return_sequences]
+        return [to_completion(h.token_ids, h.token_logprobs, self.options, self.vocabulary) for h in best]

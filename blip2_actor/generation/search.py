@@ -13,7 +13,7 @@ from typing import Protocol
 
 from blip2_actor.generation.logits_processors import SequenceSoFar, has_processors
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import Completion, FinishReason, LogitsProcessor
+from blip2_actor.request import Completion, LogitsProcessor
 
 
 class Vocabulary(Protocol):
@@ -59,11 +59,8 @@ class TextSearch:
         self.token_ids: list[int] = []
         self.token_logprobs: list[float] = []
         self.done = False
-        self.finish_reason: FinishReason = "length"
         self.takes_argmax = self.random is None and processor is None and not has_processors(options)
         """True if the next token is the largest logit, apart from end tokens while `end_is_banned`."""
-        self._max_new_tokens = options.max_new_tokens
-        self._end_ids = vocabulary.end_ids
         self._known: list[tuple[int, float]] = []
         """Tokens to take again, each with its log-probability."""
 
@@ -104,30 +101,39 @@ class TextSearch:
             token_id, logprob = self._known[len(self.token_ids)]
         self.token_ids.append(token_id)
         self.token_logprobs.append(logprob)
-        if token_id in self._end_ids or self._has_stop_text():
-            self.done, self.finish_reason = True, "stop"
-        elif len(self.token_ids) >= self._max_new_tokens:
-            self.done = True
+        self.done = has_ended(self.token_ids, self.options, self.vocabulary)
         if self.on_token is not None and is_new:
             self.on_token(self.token_ids)
         return self.done
 
-    def _has_stop_text(self) -> bool:
-        stop = self.options.stop
-        return bool(stop) and cut_at_stop(self.vocabulary.detokenize(self.token_ids), stop) is not None
-
     def completions(self) -> list[Completion]:
-        text = self.vocabulary.detokenize(self.token_ids)
-        cut = cut_at_stop(text, self.options.stop)
-        return [
-            Completion(
-                text=text.strip() if cut is None else cut,
-                token_ids=tuple(self.token_ids),
-                logprob=sum(self.token_logprobs),
-                token_logprobs=tuple(self.token_logprobs),
-                finish_reason=self.finish_reason,
-            )
-        ]
+        return [to_completion(self.token_ids, self.token_logprobs, self.options, self.vocabulary)]
+
+
+def has_ended(token_ids: Sequence[int], options: GenerationOptions, vocabulary: Vocabulary) -> bool:
+    """Return True if a text ends with its last token."""
+    if token_ids[-1] in vocabulary.end_ids or len(token_ids) >= options.max_new_tokens:
+        return True
+    return bool(options.stop) and cut_at_stop(vocabulary.detokenize(token_ids), options.stop) is not None
+
+
+def to_completion(
+    token_ids: Sequence[int],
+    token_logprobs: Sequence[float],
+    options: GenerationOptions,
+    vocabulary: Vocabulary,
+) -> Completion:
+    """Return a text that has ended, as callers get it."""
+    text = vocabulary.detokenize(token_ids)
+    cut = cut_at_stop(text, options.stop)
+    is_stopped = cut is not None or token_ids[-1] in vocabulary.end_ids
+    return Completion(
+        text=text.strip() if cut is None else cut,
+        token_ids=tuple(token_ids),
+        logprob=sum(token_logprobs),
+        token_logprobs=tuple(token_logprobs),
+        finish_reason="stop" if is_stopped else "length",
+    )
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
