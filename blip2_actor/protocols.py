@@ -1,7 +1,6 @@
 """What hosts ask of an engine, and of the recipe that builds one. Protocols only, no implementation.
 
-`EngineConfig` and `Engine` are the real pair, `blip2_actor.testing` has a fake pair. `MatchingConfig` and
-`MatchingEngine` satisfy only the two smaller protocols: they score texts, and generate none.
+`EngineConfig` and `Engine` are the real pair, `blip2_actor.testing` has a fake pair.
 """
 
 from __future__ import annotations
@@ -26,14 +25,6 @@ if TYPE_CHECKING:
     from blip2_actor.engine.encoded_image import EncodedImage
 
 
-class ModelLike(Protocol):
-    """A loaded model of any kind."""
-
-    def stats(self) -> EngineStats: ...
-
-    def close(self) -> None: ...
-
-
 class Detokenizer(Protocol):
     """What a host asks of a model's tokenizer."""
 
@@ -42,7 +33,7 @@ class Detokenizer(Protocol):
         ...
 
 
-class EngineLike(ModelLike, Protocol):
+class EngineLike(Protocol):
     """A loaded model that generates texts; `Engine` is the real one."""
 
     @property
@@ -75,9 +66,13 @@ class EngineLike(ModelLike, Protocol):
         prompts: Sequence[str | None] | None = ...,
     ) -> list[Score]: ...
 
+    def stats(self) -> EngineStats: ...
 
-class ModelBuilder(Protocol):
-    """A picklable recipe for a model of any kind."""
+    def close(self) -> None: ...
+
+
+class EngineBuilder(Protocol):
+    """A picklable recipe for an engine; `EngineConfig` is the real one."""
 
     def info(self) -> ModelInfo:
         """Describe the model without loading it.
@@ -87,12 +82,6 @@ class ModelBuilder(Protocol):
             OSError: the model cannot be found or fetched; the message says what to do.
         """
         ...
-
-    def build(self) -> ModelLike: ...
-
-
-class EngineBuilder(ModelBuilder, Protocol):
-    """A picklable recipe for an engine; `EngineConfig` is the real one."""
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
         """Raise ValueError if the model cannot take a prompt that every row is to have."""

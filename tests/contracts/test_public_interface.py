@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import blip2_actor
-from blip2_actor import Engine, EngineBuilder, EngineConfig, EngineLike, MatchingConfig, MatchingEngine
-from blip2_actor.protocols import ModelBuilder, ModelLike
+from blip2_actor import Engine, EngineBuilder, EngineConfig, EngineLike
 from blip2_actor.testing import FakeEngine, FakeEngineConfig
 
 ROOT = Path(__file__).parents[2]
@@ -153,16 +152,12 @@ def test_modules_do_not_import_each_other_in_circles() -> None:
 
 def test_configurations_and_engines_satisfy_their_protocols() -> None:
     """mypy checks these assignments; a missing method fails here too."""
-    engine_builders: list[EngineBuilder] = [EngineConfig(model="demo"), FakeEngineConfig()]
-    model_builder: ModelBuilder = MatchingConfig(model="demo")
+    builders: list[EngineBuilder] = [EngineConfig(model="demo"), FakeEngineConfig()]
     engines: list[type[EngineLike]] = [Engine, FakeEngine]
-    model: type[ModelLike] = MatchingEngine
-    for builder in engine_builders:
+    for builder in builders:
         assert method_names(EngineBuilder) <= set(dir(builder))
-    assert method_names(ModelBuilder) <= set(dir(model_builder))
     for engine in engines:
         assert method_names(EngineLike) <= set(dir(engine))
-    assert method_names(ModelLike) <= set(dir(model))
 
 
 def method_names(protocol: type) -> set[str]:
