@@ -142,7 +142,7 @@ class EngineCore:
         self._wake_ups.put(None)
         # A future that a caller keeps must keep neither its request, with the tensors of its image, nor this
         # object, with the whole model.
-        for callback in (partial(_forget, self._unfinished), self.scheduler.note_cancelled):
+        for callback in (self._unfinished.pop, self.scheduler.note_cancelled):
             for item in items:
                 item.future.add_done_callback(callback)
 
@@ -294,7 +294,3 @@ class EngineCore:
             self._wake_ups.get()
         is_over = self._is_abandoned or (self.is_closed and not self.scheduler.has_work)
         return bool(self._arrived or self.scheduler.can_step or is_over)
-
-
-def _forget(unfinished: dict[Future[Any], RequestState | Task], future: Future[Any]) -> None:
-    unfinished.pop(future, None)
