@@ -16,15 +16,14 @@ from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.testing import random_images
+from tests.engines import cpu_config
 
 GOOD = random_images(1)[0].numpy()
 
 
 @pytest.fixture(scope="module", params=["opt", "t5"])
 def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
-    config = EngineConfig(
-        model=str(checkpoint_folder(request.param)), dtype="float32", device="cpu", num_threads=1, max_slots=8
-    )
+    config = cpu_config(checkpoint_folder(request.param), max_slots=8)
     with config.build() as started:
         yield started
 
@@ -62,7 +61,7 @@ def test_an_image_token_beyond_the_vocabulary_has_no_logit(
 ) -> None:
     """A tokenizer that was extended without the model: one request with a penalty ended the engine."""
     folder = shutil.copytree(checkpoint_folder("opt", image_token=False), tmp_path / "model")
-    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1)
+    config = cpu_config(folder)
     with config.build() as without:
         expected = without.generate(GOOD, **options)[0]
     stored = json.loads((folder / "config.json").read_text())
@@ -151,14 +150,7 @@ def test_a_text_that_would_leave_few_slots_is_refused(
 ) -> None:
     """T5 has no maximum position: one prompt would take the slots of all other requests for good."""
     monkeypatch.setattr("blip2_actor.engine.memory.free_bytes", lambda _: 8 << 20)
-    config = EngineConfig(
-        model=str(checkpoint_folder("t5")),
-        dtype="float32",
-        device="cpu",
-        num_threads=1,
-        max_slots=64,
-        encode_batch=4,
-    )
+    config = cpu_config(checkpoint_folder("t5"), max_slots=64, encode_batch=4)
     with config.build() as engine:
         limit = engine._input_processor.max_positions_in_slots
         assert 8 * limit * engine._core.runner.position_bytes < 4 << 20
@@ -185,9 +177,7 @@ def test_a_text_that_does_not_fit_next_to_others_gets_fewer_slots_and_one_that_n
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU does not report that memory is exhausted; the process is killed."""
-    config = EngineConfig(
-        model=str(checkpoint_folder("t5")), dtype="float32", device="cpu", num_threads=1, max_slots=8
-    )
+    config = cpu_config(checkpoint_folder("t5"), max_slots=8)
     with config.build() as engine:
         position = engine._core.runner.position_bytes
         monkeypatch.setattr("blip2_actor.engine.model_runner.free_bytes", lambda _: position * 8 * 100)

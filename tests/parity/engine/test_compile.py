@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor import Engine, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.engine.encoders import Encoders
 from blip2_actor.testing import random_images
+from tests.engines import cpu_config
 
 
 @pytest.mark.timeout(600)
@@ -25,14 +26,7 @@ def test_compiled_encoders_give_the_same_captions(checkpoint_folder: Callable[..
     asked = [Request(image=image.numpy()) for image in random_images(5)]
     found = []
     for compiled in (False, True):
-        config = EngineConfig(
-            model=str(checkpoint_folder()),
-            dtype="float32",
-            device="cpu",
-            num_threads=1,
-            encode_batch=4,
-            compile=compiled,
-        )
+        config = cpu_config(checkpoint_folder(), encode_batch=4, compile=compiled)
         torch.compiler.reset()
         with Engine(config) as engine:
             found.append([r.token_ids for r in engine.generate(asked, GenerationOptions(max_new_tokens=8))])
@@ -55,14 +49,7 @@ def test_encoders_that_cannot_be_compiled_run_uncompiled(
         return fail
 
     monkeypatch.setattr(torch, "compile", broken)
-    config = EngineConfig(
-        model=str(checkpoint_folder()),
-        dtype="float32",
-        device="cpu",
-        num_threads=1,
-        encode_batch=4,
-        compile=True,
-    )
+    config = cpu_config(checkpoint_folder(), encode_batch=4, compile=True)
     with Engine(config) as engine:
         assert all(
             r.text is not None for r in engine.generate([Request(image=i.numpy()) for i in random_images(9)])

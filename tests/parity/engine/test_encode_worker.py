@@ -20,6 +20,7 @@ from blip2_actor.engine.encode_stream import EncodeStream
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.testing import random_images
+from tests.engines import cpu_config
 
 
 @pytest.fixture
@@ -30,14 +31,7 @@ def is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def engine(is_large: None, checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
-    config = EngineConfig(
-        model=str(checkpoint_folder("opt")),
-        dtype="float32",
-        device="cpu",
-        num_threads=2,
-        max_slots=4,
-        encode_batch=4,
-    )
+    config = cpu_config(checkpoint_folder("opt"), num_threads=2, max_slots=4, encode_batch=4)
     with Engine(config) as started:
         yield started
 
@@ -212,14 +206,7 @@ class SlowStream(EncodeStream):
 def stream_config(checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
     """An engine that encodes on a `SlowStream`."""
     monkeypatch.setattr("blip2_actor.engine.core.EncodeWorker", SlowStream)
-    return EngineConfig(
-        model=str(checkpoint_folder("opt")),
-        dtype="float32",
-        device="cpu",
-        num_threads=2,
-        max_slots=6,
-        encode_batch=4,
-    )
+    return cpu_config(checkpoint_folder("opt"), num_threads=2, max_slots=6, encode_batch=4)
 
 
 def test_a_stream_gives_the_same_tokens_as_no_stream(stream_config: EngineConfig) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
+from blip2_actor import Engine, GenerationOptions, Request, Result, Status
 from blip2_actor.engine import scheduler
 from blip2_actor.engine.self_test import check
 from blip2_actor.testing import random_images
+from tests.engines import cpu_config
 
 LONG = GenerationOptions(max_new_tokens=12, min_new_tokens=12)
 WIDE = GenerationOptions(max_new_tokens=4, num_beams=8)
@@ -20,14 +21,7 @@ WIDE = GenerationOptions(max_new_tokens=4, num_beams=8)
 
 @pytest.fixture(params=["opt", "t5"])
 def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
-    config = EngineConfig(
-        model=str(checkpoint_folder(request.param)),
-        dtype="float32",
-        device="cpu",
-        num_threads=1,
-        max_slots=8,
-        encode_batch=4,
-    )
+    config = cpu_config(checkpoint_folder(request.param), max_slots=8, encode_batch=4)
     with config.build() as started:
         yield started
 
@@ -112,9 +106,7 @@ def test_what_does_not_fit_even_alone_fails_alone(
 ) -> None:
     """There is one slot, and no memory for its text; the engine must still serve the next request."""
     folder = checkpoint_folder("opt")
-    config = EngineConfig(
-        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=1, encode_batch=1
-    )
+    config = cpu_config(folder, max_slots=1, encode_batch=1)
     with config.build() as engine:
         first, second = [Request(image=image.numpy(), options=LONG) for image in random_images(2)]
         expected = engine.generate([second])

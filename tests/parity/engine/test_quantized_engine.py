@@ -18,6 +18,7 @@ from blip2_actor.models.layers import Linear
 from blip2_actor.quantization.choice import PARTS
 from blip2_actor.quantization.int8 import FULL_WEIGHT, largest_weight
 from blip2_actor.testing import random_images
+from tests.engines import cpu_config
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="int8 needs oneDNN")
 IMAGES = list(random_images(4).numpy())
@@ -27,9 +28,7 @@ EVERYTHING = QuantizationChoice(method="int8", parts=PARTS, weight_bits=BITS, in
 
 def test_a_small_model_is_left_alone(caplog) -> None:
     """The demonstration checkpoint is slower in int8, and would lose exactness for nothing."""
-    config = EngineConfig(
-        model="demo", dtype="float32", device="cpu", num_threads=1, quantize="int8", skip_self_test=True
-    )
+    config = cpu_config("demo", quantize="int8", skip_self_test=True)
     with caplog.at_level(logging.WARNING), config.build() as engine:
         assert engine.quantization is not None
         assert set(engine.quantization.num_layers.values()) == {0}
@@ -47,7 +46,7 @@ def engines(request, checkpoint_folder: Callable[..., Path]) -> Iterator[tuple[E
     model, method = request.param
     folder = str(checkpoint_folder(model))
     choice = EVERYTHING if method == "int8" else None
-    config = EngineConfig(model=folder, dtype="float32", device="cpu", num_threads=1)
+    config = cpu_config(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_test, "MAX_QUANTIZATION_ERROR", 1.0)  # random weights of width 16 differ much
         other = replace(config, quantize=method, quantization_choice=choice)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor import Engine, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.engine.encoded_image import EncodedImage
@@ -24,6 +24,7 @@ from blip2_actor.engine.request_state import RequestState
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.kv_cache import ALIGNMENT, Attended, KVCache
 from blip2_actor.testing import random_images
+from tests.engines import cpu_config
 from tests.parity.engine.tape import Tape
 
 NUM_SLOTS = 11
@@ -160,9 +161,7 @@ def folder(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path
 
 
 def make_engine(folder: Path) -> Engine:
-    config = EngineConfig(
-        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=13, encode_batch=4
-    )
+    config = cpu_config(folder, max_slots=13, encode_batch=4)
     return Engine(config)
 
 

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
+from blip2_actor import Engine, GenerationOptions, Request, Status
 from blip2_actor.engine import core, startup
 from blip2_actor.models import kv_cache
 from blip2_actor.testing import IMAGE_SIZE_PX, random_images
+from tests.engines import cpu_config
 from tests.parity.engine.tape import Tape
 
 PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "this is a photo of"]
@@ -36,13 +37,8 @@ def folder(checkpoint_folder: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module", params=["one-thread", "two-threads", "reads-late"])
 def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    config = EngineConfig(
-        model=str(folder),
-        dtype="float32",
-        device="cpu",
-        num_threads=2 if request.param == "two-threads" else 1,
-        max_slots=7,
-        encode_batch=3,
+    config = cpu_config(
+        folder, num_threads=2 if request.param == "two-threads" else 1, max_slots=7, encode_batch=3
     )
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "reads-late":  # as on a GPU
@@ -74,7 +70,7 @@ def asked() -> list[Request]:
 @pytest.fixture(scope="module")
 def alone(folder: Path, asked: list[Request]) -> list[tuple[int, ...]]:
     """Token ids of each request by itself."""
-    with Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1)) as engine:
+    with Engine(cpu_config(folder)) as engine:
         return [engine.generate([request])[0].token_ids for request in asked]
 
 
@@ -122,9 +118,7 @@ def test_texts_that_give_their_slots_up_have_the_same_tokens_in_the_end(engine, 
 
 def test_concurrent_callers_share_passes_of_the_encoder(folder) -> None:
     """Sixteen threads with one image each must not need sixteen passes."""
-    config = EngineConfig(
-        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=16, encode_batch=8
-    )
+    config = cpu_config(folder, max_slots=16, encode_batch=8)
     with Engine(config) as engine:
         start = threading.Barrier(16)
         results: list[tuple[int, ...] | None] = [None] * 16
@@ -159,9 +153,7 @@ def test_one_image_for_many_requests_is_encoded_once(engine) -> None:
 
 def test_cancelling_frees_the_slot_for_the_next_request(folder) -> None:
     """With one slot, the next text must not wait until a cancelled long text ends."""
-    config = EngineConfig(
-        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=1, encode_batch=1
-    )
+    config = cpu_config(folder, max_slots=1, encode_batch=1)
     with Engine(config) as engine:
         image = random_images(1)[0].numpy()
         options = GenerationOptions(max_new_tokens=60, min_new_tokens=60)
@@ -255,7 +247,7 @@ def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatc
 
     NumPy, torch on a CPU, the slots on a CPU and torch on a GPU each have an error of their own for it.
     """
-    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=2, max_slots=16)
+    config = cpu_config(folder, num_threads=2, max_slots=16)
     with Engine(config) as engine:
         real = getattr(engine._core.runner, stage)
 
@@ -273,7 +265,7 @@ def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatc
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_failing_device_fails_every_request_and_says_why(folder, monkeypatch, num_threads) -> None:
     """A host must not wait forever; it must learn that the engine has failed."""
-    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=num_threads)
+    config = cpu_config(folder, num_threads=num_threads)
     with Engine(config) as engine:
 
         def broken(*_: object) -> None:
@@ -288,7 +280,7 @@ def test_a_failing_device_fails_every_request_and_says_why(folder, monkeypatch, 
 
 def test_a_request_that_arrives_during_a_task_is_finished_before_the_engine_closes(folder) -> None:
     """A caller would wait forever for a request that is accepted and then forgotten."""
-    engine = Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1))
+    engine = Engine(cpu_config(folder))
     begun, closing = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -310,7 +302,7 @@ def test_a_request_that_arrives_during_a_task_is_finished_before_the_engine_clos
 
 
 def test_a_closed_engine_finishes_what_it_took_and_refuses_more(folder) -> None:
-    engine = Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1))
+    engine = Engine(cpu_config(folder))
     future = engine.submit(Request(image=np.zeros((IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8)))
     engine.close()
     assert future.result(timeout=0).ok

@@ -12,8 +12,9 @@ import torch
 from torch.testing import assert_close
 from transformers import Blip2Model
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
+from blip2_actor import Engine, GenerationOptions, Request, Status
 from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
+from tests.engines import cpu_config
 
 LANGUAGES = ["opt", "t5"]
 
@@ -25,9 +26,7 @@ def language(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint_folder: Callable[..., Path], language: str) -> Iterator[Engine]:
-    config = EngineConfig(
-        model=str(checkpoint_folder(language)), dtype="float32", device="cpu", num_threads=1
-    )
+    config = cpu_config(checkpoint_folder(language))
     with Engine(config) as started:
         yield started
 

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2_actor import Engine, EngineConfig
+from blip2_actor import Engine
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.self_test import SelfTestFailure, SelfTestRecord, check, compare_with_last
+from tests.engines import cpu_config
 from tests.parity.engine.tape import Tape
 
 
 @pytest.fixture(scope="module")
 def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
-    config = EngineConfig(model=str(checkpoint_folder()), dtype="float32", device="cpu", num_threads=1)
+    config = cpu_config(checkpoint_folder())
     with Engine(config) as started:
         yield started
 

@@ -43,11 +43,11 @@ def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Callable[..., Eng
 def reference_ids(
     model: Blip2ForConditionalGeneration,
     language: str,
-    image: torch.Tensor,
-    prompt: str | None,
+    request: Request,
     **options: Any,
 ) -> list[list[int]]:
-    """Return the new tokens of the reference for one image alone, one list per returned sequence."""
+    """Return the new tokens of the reference for a request alone, one list per returned sequence."""
+    prompt, image = request.prompt, torch.from_numpy(request.image)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
     pixel_values = (image[None].permute(0, 3, 1, 2).float() / 255 - mean) / std
@@ -90,12 +90,7 @@ def test_greedy_search_equals_the_reference_in_a_mixed_batch(engine, reference, 
     results = engine(language, **options).generate(requests, GenerationOptions(max_new_tokens=20))
     for request, result in zip(requests, results, strict=True):
         (expected,) = reference_ids(
-            reference(language, **options),
-            language,
-            torch.from_numpy(request.image),
-            request.prompt,
-            max_new_tokens=20,
-            do_sample=False,
+            reference(language, **options), language, request, max_new_tokens=20, do_sample=False
         )
         assert list(result.token_ids) == expected
 
@@ -126,13 +121,7 @@ def test_search_options_equal_the_reference(engine, reference, language, options
     results = engine(language).generate(requests, GenerationOptions(max_new_tokens=12, **options))
     for request, result in zip(requests, results, strict=True):
         expected = reference_ids(
-            reference(language),
-            language,
-            torch.from_numpy(request.image),
-            request.prompt,
-            max_new_tokens=12,
-            do_sample=False,
-            **options,
+            reference(language), language, request, max_new_tokens=12, do_sample=False, **options
         )
         assert [list(c.token_ids) for c in result.completions] == expected
 
@@ -154,15 +143,8 @@ def test_bad_words_equal_the_reference(engine, reference, language, num_beams) -
         ]
     )
     for request, words, before, result in zip(requests, bad, free, results, strict=True):
-        image = torch.from_numpy(request.image)
         (expected,) = reference_ids(
-            reference(language),
-            language,
-            image,
-            request.prompt,
-            bad_words_ids=words,
-            do_sample=False,
-            **options,
+            reference(language), language, request, bad_words_ids=words, do_sample=False, **options
         )
         assert list(result.token_ids) == expected != list(before.token_ids)
 
@@ -185,9 +167,8 @@ def test_stop_texts_equal_the_reference(engine, reference, language, num_beams, 
     requests = make_requests(6, prompts=[None])  # the reference also finds stop texts that a prompt begins
     results = engine(language).generate(requests, GenerationOptions(**options, stop=stop))
     for request, result in zip(requests, results, strict=True):
-        image = torch.from_numpy(request.image)
         more = {"do_sample": False, "stop_strings": list(stop), "tokenizer": tokenizer}
-        rows = reference_ids(reference(language), language, image, request.prompt, **options, **more)
+        rows = reference_ids(reference(language), language, request, **options, **more)
         padding = 1
         assert [list(c.token_ids) for c in result.completions] == [
             [token_id for token_id in row if token_id != padding] for row in rows
@@ -227,8 +208,7 @@ def test_a_logits_processor_of_a_request_equals_the_reference(engine, reference,
         (expected,) = reference_ids(
             reference(language),
             language,
-            torch.from_numpy(request.image),
-            request.prompt,
+            request,
             logits_processor=LogitsProcessorList([PreferRareIds()]),
             do_sample=False,
             **options,
@@ -290,9 +270,8 @@ def test_beam_sampling_equals_the_reference_apart_from_chance(
     requests = make_requests(4)
     results = engine(language).generate(requests, GenerationOptions(**options))
     for request, result in zip(requests, results, strict=True):
-        image = torch.from_numpy(request.image)
         given = {"top_k": 0} | options  # the reference samples from the top 50 if nobody says otherwise
-        expected = reference_ids(reference(language), language, image, request.prompt, **given)
+        expected = reference_ids(reference(language), language, request, **given)
         assert [list(c.token_ids) for c in result.completions] == expected
 
 
@@ -315,8 +294,7 @@ def test_min_new_tokens_in_beam_search_equals_the_reference(engine, reference) -
         (expected,) = reference_ids(
             reference("opt", **checkpoint),
             "opt",
-            torch.from_numpy(request.image),
-            None,
+            request,
             max_new_tokens=12,
             do_sample=False,
             num_beams=3,

@@ -21,15 +21,16 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor import Engine, GenerationOptions, Request
 from blip2_actor.generation.logits_processors import SequenceSoFar, process_logits
 from blip2_actor.generation.sampling import draw_without_replacement, sample, warp
 from blip2_actor.testing import random_images
+from tests.engines import cpu_config
 
 
 @pytest.fixture(scope="module")
 def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
-    config = EngineConfig(model=str(checkpoint_folder()), dtype="float32", device="cpu", num_threads=1)
+    config = cpu_config(checkpoint_folder())
     with Engine(config) as started:
         yield started
 

@@ -27,6 +27,7 @@ from blip2_actor import (
     Status,
 )
 from blip2_actor.testing import FakeEngineConfig
+from tests.engines import cpu_config
 from tests.unit.engine.random_calls import CALLS, call_at_random
 from tests.unit.fetching.web_server import web_server
 from tests.unit.preprocessing.image_corpus import encode
@@ -55,15 +56,7 @@ def told(results: list[Result]) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    config = EngineConfig(
-        model="demo",
-        device="cpu",
-        dtype="float32",
-        num_threads=1,
-        max_slots=8,
-        skip_self_test=True,
-        allow_urls=True,
-    )
+    config = cpu_config("demo", max_slots=8, skip_self_test=True, allow_urls=True)
     with config.build() as started:
         yield started
 

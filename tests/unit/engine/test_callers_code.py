@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
+from blip2_actor import Engine, GenerationOptions, Request, Status
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.testing import random_images, save_tiny_checkpoint
+from tests.engines import cpu_config
 
 PICTURE = random_images(1)[0].numpy()
 
@@ -20,9 +21,7 @@ PICTURE = random_images(1)[0].numpy()
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder = save_tiny_checkpoint(tmp_path_factory.mktemp("opt"))
-    config = EngineConfig(
-        model=str(folder), dtype="float32", device="cpu", num_threads=1, skip_self_test=True
-    )
+    config = cpu_config(folder, skip_self_test=True)
     with config.build() as started:
         yield started
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2_actor import EngineConfig, Request, Status
+from blip2_actor import Request, Status
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.testing import FakeEngineConfig, fake_caption
+from tests.engines import cpu_config
 from tests.unit.preprocessing.image_corpus import encode, noise
 
 SIZE_PX = 64
@@ -65,7 +66,7 @@ def test_threads_may_share_a_pil_image_that_is_not_loaded(format: str) -> None:
 def test_a_camera_that_fills_one_buffer_gets_the_captions_of_its_frames() -> None:
     frames = np.random.default_rng(2).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
     buffer = np.empty_like(frames[0])
-    config = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=1, skip_self_test=True)
+    config = cpu_config("demo", skip_self_test=True)
     with config.build() as engine:
         expected = [result.text for result in engine.generate([Request(image=frame) for frame in frames])]
         futures = []

@@ -26,6 +26,7 @@ from blip2_actor.engine.request_state import RequestState
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.testing import random_images, save_tiny_checkpoint, save_tiny_retrieval_checkpoint
+from tests.engines import cpu_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 """Python 3.12 warns about what these tests do on purpose."""
@@ -34,9 +35,7 @@ PICTURE = random_images(1)[0].numpy()
 
 
 def config(folder: Path, num_threads: int = 1) -> EngineConfig:
-    return EngineConfig(
-        model=str(folder), dtype="float32", device="cpu", num_threads=num_threads, skip_self_test=True
-    )
+    return cpu_config(folder, num_threads=num_threads, skip_self_test=True)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from blip2_actor import EngineConfig, Status
+from blip2_actor import Status
 from blip2_actor.engine.core import EngineCore
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.input_processor import InputProcessor
 from blip2_actor.engine.readings import Reader
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.testing import random_images, save_tiny_checkpoint
+from tests.engines import cpu_config
 
 
 class BusyCore:
@@ -78,15 +79,7 @@ def test_an_image_that_does_not_fit_even_alone_is_an_entry_with_a_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its tensors were read without a look at the result, and the call ended in an AttributeError."""
-    config = EngineConfig(
-        model=str(save_tiny_checkpoint(tmp_path)),
-        dtype="float32",
-        device="cpu",
-        num_threads=1,
-        max_slots=1,
-        encode_batch=1,
-        skip_self_test=True,
-    )
+    config = cpu_config(save_tiny_checkpoint(tmp_path), max_slots=1, encode_batch=1, skip_self_test=True)
     good, bad = (image.numpy() for image in random_images(2))
     with config.build() as engine:
         runner = engine._core.runner

@@ -18,9 +18,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor import Engine, GenerationOptions, Request
 from blip2_actor.engine import startup
 from blip2_actor.testing import random_images, save_tiny_checkpoint
+from tests.engines import cpu_config
 
 PICTURE = random_images(1)[0].numpy()
 KEPT: list[Engine] = []
@@ -29,9 +30,7 @@ LONG = GenerationOptions(max_new_tokens=20, min_new_tokens=20)
 
 
 def build(folder: Path) -> Engine:
-    return EngineConfig(
-        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=4, skip_self_test=True
-    ).build()
+    return cpu_config(folder, max_slots=4, skip_self_test=True).build()
 
 
 def say(text: str) -> None:

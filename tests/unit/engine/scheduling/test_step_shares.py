@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from blip2_actor import EngineConfig, GenerationOptions, Request
+from blip2_actor import GenerationOptions, Request
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.engine.step_shares import StepShares
 from blip2_actor.testing import random_images, save_tiny_checkpoint
+from tests.engines import cpu_config
 from tests.unit.engine.scheduling.no_model import NoModel, make_request
 
 NUM_TOKENS = 10
@@ -75,14 +76,7 @@ def test_tokens_are_those_of_a_text_alone(language: str, tmp_path: Path) -> None
     requests = [
         Request(image=image, options=options) for image, options in zip(images, [*wide, *narrow], strict=True)
     ]
-    config = EngineConfig(
-        model=folder,
-        dtype="float32",
-        device="cpu",
-        num_threads=1,
-        max_slots=20,
-        skip_self_test=True,
-    )
+    config = cpu_config(folder, max_slots=20, skip_self_test=True)
     with config.build() as engine:
         alone = [engine.generate([request])[0] for request in requests]
         together = engine.generate([requests[0], *requests[2:5], requests[1], *requests[5:]])
