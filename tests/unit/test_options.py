@@ -99,6 +99,15 @@ def test_unknown_options_are_refused_with_what_to_do(name: str, remedy: str) -> 
         ({"suppress_tokens": [-1]}, r"suppress_tokens must be token ids from 0, got \(-1,\)"),
         ({"bad_words_ids": [[]]}, "bad_words_ids must be sequences of token ids"),
         ({"do_sample": False, "min_p": 0.1}, "min_p must be left at 0.0 without do_sample"),
+        ({"max_new_tokens": 5.5}, "max_new_tokens must be a whole number"),
+        ({"num_beams": True}, "num_beams must be a whole number"),
+        ({"temperature": 1e-40, "do_sample": True}, "temperature must be from 1e-06"),
+        ({"temperature": float("nan"), "do_sample": True}, "temperature must be"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be from 0.001 to 1000"),
+        ({"length_penalty": 1e10, "num_beams": 2}, "length_penalty must be from -50 to 50"),
+        ({"seed": -1, "do_sample": True}, "seed must be at least 0"),
+        ({"seed": 1 << 64, "do_sample": True}, "seed must be below"),
+        ({"stop": (5,)}, "stop must be texts"),
         (
             {"num_beams": 1, "renormalize_logits": True},
             "renormalize_logits must be left at False without beam",
@@ -106,6 +115,7 @@ def test_unknown_options_are_refused_with_what_to_do(name: str, remedy: str) -> 
     ],
 )
 def test_values_that_cannot_be_used_are_refused(options: dict[str, Any], message: str) -> None:
+    """Some would raise, or draw from NaN, in a batch that others share."""
     with pytest.raises(ValueError, match=message):
         GenerationOptions(**options)
 

@@ -212,23 +212,3 @@ def test_logits_of_nan_are_a_failure(engine: Engine, options: dict, monkeypatch:
     result = next_to_a_good_one(engine, Request(image=GOOD, options=chosen))
     assert result.status is Status.FAILED
     assert "NaN or infinity" in str(result.error)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_new_tokens": 5.5}, "max_new_tokens must be a whole number"),
-        ({"num_beams": True}, "num_beams must be a whole number"),
-        ({"temperature": 1e-40, "do_sample": True}, "temperature must be from 1e-06"),
-        ({"temperature": float("nan"), "do_sample": True}, "temperature must be"),
-        ({"repetition_penalty": float("inf")}, "repetition_penalty must be from 0.001 to 1000"),
-        ({"length_penalty": 1e10, "num_beams": 2}, "length_penalty must be from -50 to 50"),
-        ({"seed": -1, "do_sample": True}, "seed must be at least 0"),
-        ({"seed": 1 << 64, "do_sample": True}, "seed must be below"),
-        ({"stop": (5,)}, "stop must be texts"),
-    ],
-)
-def test_options_beyond_what_floats_hold_are_refused(options: dict, message: str) -> None:
-    """Each of them would raise, or draw from NaN, in a batch that others share."""
-    with pytest.raises(ValueError, match=message):
-        GenerationOptions(**options)

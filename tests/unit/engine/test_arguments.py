@@ -335,21 +335,6 @@ def test_truth_values_of_numpy_become_those_of_python() -> None:
         GenerationOptions(max_new_tokens=yes)
 
 
-def test_a_callback_that_raises_ends_nothing(
-    engine: Engine, expected: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The engine's thread died of it, and with it the requests of all other callers."""
-    texts: list[str] = []
-
-    def fail(text: str) -> None:
-        texts.append(text)
-        raise KeyError(text)
-
-    assert [engine.submit(PIXELS, on_text=fail, max_new_tokens=5).result()] == expected
-    assert len(texts) == 1 and "on_text has raised" in caplog.text
-    assert engine.generate(PIXELS, max_new_tokens=5) == expected
-
-
 def test_no_representation_shows_pixels(engine: Engine) -> None:
     """Requests and images appear in logs and tracebacks."""
     shown = repr(Request(image=png(), prompt="a"))
