@@ -20,6 +20,38 @@ RLE_BLOCK = 1
 """A type of block, whose content is one byte, whatever its size."""
 
 
+class PartsStream(io.RawIOBase):
+    """A stream whose bytes come in parts. It can be read, and skipped forward."""
+
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts = parts
+        self._part = b""
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._part = self._part or next(filter(None, self._parts), b"")
+        num_bytes = min(len(buffer), len(self._part))
+        buffer[:num_bytes], self._part = self._part[:num_bytes], self._part[num_bytes:]
+        self._position += num_bytes
+        return num_bytes
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET or position < self._position:
+            raise OSError(f"the stream cannot go back from byte {self._position} to byte {position}")
+        while self._position < position and self.read(min(position - self._position, READ_BYTES)):
+            pass
+        return self._position
+
+
 def is_zstd(magic: bytes) -> bool:
     """Return whether a file begins with a frame of zstd; `pzstd` begins with a skippable one."""
     return magic.startswith(ZSTD_MAGIC) or _is_skippable(magic)
@@ -29,85 +61,43 @@ def _is_skippable(magic: bytes) -> bool:
     return magic[1:4] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5
 
 
-class XzStream(io.RawIOBase):
-    """The content of streams of xz."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._decompressor: lzma.LZMADecompressor | None = None
-        self._next = b""
-        self._is_end = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._is_end:
-            if self._decompressor is None or self._decompressor.eof:
-                self._begin_stream()
-                if self._is_end and self._next:
-                    raise OSError(
-                        "the file is damaged after the end of an xz stream; what follows was not read"
-                    )
-                continue
-            given = self._next
-            if self._decompressor.needs_input and not given:
-                given = self._file.read(READ_BYTES)
-                if not given:
-                    raise EOFError("the file is cut short: the end of its xz stream is missing")
-            self._next = b""
-            content = self._decompressor.decompress(given, len(buffer))
-            if content:
-                buffer[: len(content)] = content
-                return len(content)
-        return 0
-
-    def _begin_stream(self) -> None:
-        rest = b"" if self._decompressor is None else self._decompressor.unused_data
-        while not (rest := rest.lstrip(b"\0")) and (more := self._file.read(READ_BYTES)):
-            rest = more
-        rest += self._file.read(len(XZ_MAGIC)) if 0 < len(rest) < len(XZ_MAGIC) else b""
-        self._is_end = self._decompressor is not None and not rest.startswith(XZ_MAGIC)
-        self._decompressor, self._next = lzma.LZMADecompressor(lzma.FORMAT_XZ), rest
+def decompress_xz(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the content of streams of xz."""
+    stored = file.read(READ_BYTES)
+    while stored:
+        stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        while not stream.eof:
+            if stream.needs_input and not stored and not (stored := file.read(READ_BYTES)):
+                raise EOFError("the file is cut short: the end of its xz stream is missing")
+            yield stream.decompress(stored, READ_BYTES)
+            stored = b""
+        stored = stream.unused_data
+        while not (stored := stored.lstrip(b"\0")) and (more := file.read(READ_BYTES)):
+            stored = more
+        stored += file.read(len(XZ_MAGIC)) if 0 < len(stored) < len(XZ_MAGIC) else b""
+        if stored and not stored.startswith(XZ_MAGIC):
+            raise OSError("the file is damaged after the end of an xz stream; what follows was not read")
 
 
-class ZstdStream(io.RawIOBase):
-    """The content of frames of zstd."""
-
-    def __init__(self, file: io.BufferedReader[Any]) -> None:
-        self._frames = _Frames(file)
-        self._stream = pa.CompressedInputStream(io.BufferedReader(self._frames, READ_BYTES), "zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        num_bytes = self._stream.readinto(buffer)
-        if not num_bytes and self._frames.has_more:
-            raise OSError("the file is damaged after the end of a zstd frame; what follows was not read")
-        return num_bytes
+def decompress_zstd(file: io.BufferedReader[Any]) -> Iterator[bytes]:
+    """Yield the content of frames of zstd."""
+    frames = _Frames(file)
+    stream = pa.CompressedInputStream(io.BufferedReader(PartsStream(frames.read()), READ_BYTES), "zstd")
+    while content := stream.read(READ_BYTES):
+        yield content
+    if frames.has_more:
+        raise OSError("the file is damaged after the end of a zstd frame; what follows was not read")
 
 
-class _Frames(io.RawIOBase):
+class _Frames:
     """The frames of a file with content, as they are stored."""
 
     def __init__(self, file: io.BufferedReader[Any]) -> None:
         self._file = file
-        self._part = b""
-        self._parts = self._read_parts()
         self.has_more = False
         """Whether something follows that is neither a frame nor zeros."""
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._part = self._part or next(self._parts, b"")
-        num_bytes = min(len(buffer), len(self._part))
-        buffer[:num_bytes], self._part = self._part[:num_bytes], self._part[num_bytes:]
-        return num_bytes
-
-    def _read_parts(self) -> Iterator[bytes]:
+    def read(self) -> Iterator[bytes]:
         while magic := self._file.read(4):
             if magic == bytes(4):
                 while ahead := self._file.peek():

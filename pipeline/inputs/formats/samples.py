@@ -15,11 +15,12 @@ hidden folders are not looked at.
 
 from __future__ import annotations
 
+import io
 import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import IO, cast
+from typing import Any, cast
 
 from blip2_actor import Status
 from pipeline.inputs.formats.seen_keys import SeenKeys
@@ -99,6 +100,7 @@ class SampleReader:
         self._other_extensions = {extension.lower() for extension in others}
         self._keys = SeenKeys()
         self._link_targets = LinkTargets()
+        self._opened: tuple[tarfile.TarInfo, io.BufferedReader[Any]] | None = None
         self.num_rows = 0
         self.misplaced: str | None = None
         """What is wrong if a kept member is not next to its sample, as one sentence."""
@@ -125,7 +127,6 @@ class SampleReader:
                 is_in_sample = False
                 key, extension = self._split_name(member, archive)
                 if key is None:
-                    self._leave_out(member)
                     continue
                 if sample is None or key != sample.key or extension in sample.extensions:
                     if sample is not None and self._count_rows(sample):
@@ -155,24 +156,30 @@ class SampleReader:
         return self._other_extensions <= sample.extensions.keys()
 
     def _split_name(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> tuple[str | None, str]:
-        """Return key and extension of a member; the key is None if it is no sample's."""
-        if self._options.schema_version == 1:
-            return split_name(member.name)
-        if _NOT_OF_A_SAMPLE.fullmatch(member.name):
-            return None, ""
-        if self._takes_all_images and member.isreg() and _NAME_WITHOUT_EXTENSION.fullmatch(member.name):
-            if _NOTE.fullmatch(member.name):
-                return None, ""
-            head = cast(IO[bytes], archive.extractfile(member)).read(HEAD_BYTES)
-            return (member.name, BY_CONTENT) if looks_like_image(head) else (None, "")
-        return split_name(member.name)
+        """Return key and lower-case extension of a member; the key is None if it is no sample's.
 
-    def _leave_out(self, member: tarfile.TarInfo) -> None:
-        """Count a member that is no sample's, unless a program has left it there."""
-        is_plain = _NAME_WITHOUT_EXTENSION.fullmatch(member.name) and not _NOTE.fullmatch(member.name)
-        if is_plain and not _NOT_OF_A_SAMPLE.fullmatch(member.name):
-            self._first_left_out = self._first_left_out or member.name
-            self._num_left_out += 1
+        Without an extension it is an image or is counted, unless a program has left it there.
+        """
+        has_no_extension = _NAME_WITHOUT_EXTENSION.fullmatch(member.name)
+        if _NOTE.fullmatch(member.name) or (
+            (has_no_extension or self._options.schema_version > 1) and _NOT_OF_A_SAMPLE.fullmatch(member.name)
+        ):
+            return None, ""
+        if not has_no_extension:
+            found = _NAME.fullmatch(member.name)
+            return (found[1], found[2].lower()) if found else (None, "")
+        is_looked_at = self._takes_all_images and member.isreg()
+        if is_looked_at and looks_like_image(self._open(member, archive).peek(HEAD_BYTES)):
+            return member.name, BY_CONTENT
+        self._first_left_out = self._first_left_out or member.name
+        self._num_left_out += 1
+        return None, ""
+
+    def _open(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> io.BufferedReader[Any]:
+        """Open a regular member once: to go back, a compressed tar is read from its beginning."""
+        if self._opened is None or self._opened[0] is not member:
+            self._opened = member, cast("io.BufferedReader[Any]", archive.extractfile(member))
+        return self._opened[1]
 
     def _drop_last_member(self, sample: Sample) -> None:
         """Forget the last member of a sample, whose content is not whole."""
@@ -240,7 +247,7 @@ class SampleReader:
         if not found.isreg():
             error = f"{member.name} is a link or device, which is not followed inside a tar"
             return None, Status.UNREADABLE, error
-        return cast(IO[bytes], archive.extractfile(found)).read(), None, None
+        return self._open(found, archive).read(), None, None
 
     def _is_image(self, sample: Sample, extension: str) -> bool:
         """Return whether the next member of a sample is an image that makes a row."""
@@ -249,11 +256,3 @@ class SampleReader:
         if self._image_extension is not None:
             return extension == self._image_extension
         return extension == BY_CONTENT or extension.rpartition(".")[2] in self._image_extensions
-
-
-def split_name(name: str) -> tuple[str | None, str]:
-    """Split a member's name into key and lower-case extension; the key is None if it is no sample's."""
-    found = _NAME.fullmatch(name)
-    if found is None or _NOTE.fullmatch(name):
-        return None, ""
-    return found[1], found[2].lower()

@@ -15,10 +15,16 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from pipeline.errors import InputError
-from pipeline.inputs.formats.compressed import XZ_MAGIC, XzStream, ZstdStream, is_zstd
+from pipeline.inputs.formats.compressed import (
+    XZ_MAGIC,
+    PartsStream,
+    decompress_xz,
+    decompress_zstd,
+    is_zstd,
+)
 from pipeline.inputs.shards import Shard
 from pipeline.storage.retrying_file import open_below
 
@@ -64,46 +70,14 @@ def _decompress(file: io.BufferedReader[io.RawIOBase]) -> IO[bytes]:
     if magic.startswith(b"BZh"):
         return bz2.BZ2File(file)
     if magic.startswith(XZ_MAGIC):
-        return cast(IO[bytes], _ForwardStream(XzStream(file)))
+        return _buffered(decompress_xz(file))
     if is_zstd(magic):
-        return cast(IO[bytes], _ForwardStream(ZstdStream(file)))
+        return _buffered(decompress_zstd(file))
     return file
 
 
-class _ForwardStream:
-    """A stream that can be read, skipped forward, and set back to the start of the last read.
-
-    That is all that reading a tar in order needs: members without an ending are read again after their head.
-    """
-
-    def __init__(self, stream: io.RawIOBase) -> None:
-        self._stream = io.BufferedReader(stream, DECOMPRESSED_BYTES)
-        self._position = 0
-        self._last, self._again = b"", b""
-        """What was read last, and what of it is read again."""
-
-    def read(self, size: int = -1) -> bytes:
-        if size < 0 or size > len(self._again):
-            more = self._stream.read(size if size < 0 else size - len(self._again))
-            self._last, self._again = self._again + more, b""
-        else:
-            self._last, self._again = self._again[:size], self._again[size:]
-        self._position += len(self._last)
-        return self._last
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, position: int) -> int:
-        back = self._position - position
-        if back > len(self._last):
-            raise OSError(f"the stream cannot go back from byte {self._position} to byte {position}")
-        if back > 0:
-            self._last, self._again = self._last[:-back], self._last[-back:] + self._again
-            self._position = position
-        while self._position < position and self.read(min(position - self._position, BUFFER_BYTES)):
-            pass
-        return self._position
+def _buffered(content: Iterator[bytes]) -> io.BufferedReader[Any]:
+    return io.BufferedReader(PartsStream(content), DECOMPRESSED_BYTES)
 
 
 def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -136,7 +110,7 @@ class LinkTargets:
     def find(self, archive: tarfile.TarFile, link: tarfile.TarInfo) -> tarfile.TarInfo | None:
         """Return the member before a link that it repeats, or None; a compressed tar cannot be read back."""
         file = archive.fileobj
-        if not isinstance(file, io.BufferedReader):
+        if not isinstance(file, io.BufferedReader) or isinstance(file.raw, PartsStream):
             return None
         position = file.tell()
         if self._members is None:

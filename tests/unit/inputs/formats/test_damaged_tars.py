@@ -55,6 +55,24 @@ def test_images_without_an_ending_are_found_in_a_compressed_tar(tmp_path, kind):
     assert [(row["key"], row["image"]) for row in rows] == [*images, ("last", b"last")] and report.complete
 
 
+@pytest.mark.parametrize("opened", [gzip.GzipFile, bz2.BZ2File])
+def test_a_compressed_tar_is_never_read_from_its_beginning_again(tmp_path, monkeypatch, opened):
+    """An image without an ending was opened twice, and to go back decompresses all that is before it."""
+    images = [(str(number), encoded("PNG") + bytes(number)) for number in range(0, 40_000, 100)]
+    shard = write_tar_shard(
+        tmp_path, {gzip.GzipFile: gzip, bz2.BZ2File: bz2}[opened].compress(tar_bytes(images))
+    )
+    seek = opened.seek
+
+    def forward(file: gzip.GzipFile | bz2.BZ2File, offset: int, whence: int = 0) -> int:
+        assert whence or offset >= file.tell()  # which is a seek, too
+        return seek(file, offset, whence)
+
+    monkeypatch.setattr(opened, "seek", forward)
+    rows, report = read_rows(shard)
+    assert len(rows) == len(images) and report.complete
+
+
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_a_cut_of_a_compressed_tar_costs_few_rows_before_it(tmp_path, kind):
     """Of zstd, the 4 MiB before the cut were lost: all rows of most tars."""
