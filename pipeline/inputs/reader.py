@@ -124,13 +124,11 @@ class ShardWork:
     """One shard, and which of its rows are still to be read."""
 
     shard: Shard
-    missing: tuple[tuple[int, int | None], ...] | None = None
-    """Sorted half-open ranges of rows; None as the last stop is the unknown end. None means every row."""
+    missing: tuple[tuple[int, int | None], ...] = ((0, None),)
+    """Sorted half-open ranges of rows; None as the last stop is the unknown end."""
 
     def wants(self, row: int) -> bool:
         """Whether a row is to be read."""
-        if self.missing is None:
-            return True
         index = bisect_right(self.missing, row, key=lambda rows: rows[0]) - 1
         if index < 0:
             return False
@@ -139,7 +137,7 @@ class ShardWork:
 
     def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield the ranges of rows to be read that lie from start (included) to stop (excluded)."""
-        for first, end in ((0, None),) if self.missing is None else self.missing:
+        for first, end in self.missing:
             low, high = max(first, start), stop if end is None else min(end, stop)
             if low < high:
                 yield low, high

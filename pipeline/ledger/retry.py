@@ -111,7 +111,7 @@ def _others(folder: Folder, choice: RowChoice, summary: Summary) -> RowSet:
 
 def describe_work(left: Sequence[ShardProgress], choice: RowChoice) -> str:
     """Say how many rows are run again; of a shard that is read from its beginning, nobody knows how many."""
-    works = [progress.work.missing or () for progress in left]
+    works = [progress.work.missing for progress in left]
     spans = [span for missing in works if missing != WHOLE for span in missing]
     num_whole = works.count(WHOLE)
     phrases = [f"all rows of {count(num_whole, 'shard')} to run again"] if num_whole else []

@@ -49,9 +49,9 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
             num_rows = shard.limit_rows(sum(sizes[first:stop]))
             start = 0
             for group in range(first, stop):
-                wanted = list(work.overlaps(start, min(start + sizes[group], num_rows)))
-                if wanted:
-                    reason = yield from _read_group(file, group, start, file_rows[group], wanted, rows)
+                if wanted := list(work.overlaps(start, min(start + sizes[group], num_rows))):
+                    last = wanted[-1][1]
+                    reason = yield from _read_group(file, group, start, last, file_rows[group], work, rows)
                     reasons += [reason] if reason else []
                 start += sizes[group]
     except (InputError, *_DAMAGE_ERRORS) as error:
@@ -139,22 +139,22 @@ def schema_of(shard: Shard) -> pa.Schema:
 def _read_group(
     file: pq.ParquetFile,
     group: int,
-    start: int,
+    position: int,
+    last: int,
     file_row: int,
-    wanted: list[tuple[int, int]],
+    work: ShardWork,
     rows: ParquetRows,
 ) -> Generator[pa.Table, None, str | None]:
     """Yield the wanted rows of a row group.
 
     Args:
-        start: number of the group's first row in the shard.
+        position: number of the group's first row in the shard.
+        last: end of the last wanted row of the group in the shard.
         file_row: number of the group's first row in the table.
-        wanted: ranges of rows of the shard that lie in the group.
 
     Returns:
         What is wrong with the group, or None.
     """
-    position, last = start, wanted[-1][1]
     try:
         for batch in file.iter_batches(
             rows.batch_rows(file.metadata.row_group(group)),
@@ -164,7 +164,7 @@ def _read_group(
         ):
             num_read, batch = len(batch), rows.unfold(batch, file_row)
             file_row += num_read
-            for low, high in _overlaps(wanted, position, position + len(batch)):
+            for low, high in work.overlaps(position, min(position + len(batch), last)):
                 part = batch.slice(low - position, high - low)
                 for first, stop in rows.cut(part):
                     yield rows.read(part.slice(first, stop - first), low + first)
@@ -174,17 +174,10 @@ def _read_group(
         reason = f"row group {group} ends early"
     except _DAMAGE_ERRORS as error:
         reason = f"row group {group} cannot be read: {error}"
-    for low, high in _overlaps(wanted, position, last):
+    for low, high in work.overlaps(position, last):
         for row in range(low, high, rows.options.table_rows):
             yield rows.unreadable(row, min(rows.options.table_rows, high - row), reason)
     return reason
-
-
-def _overlaps(spans: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of half-open spans that lie from start (included) to stop (excluded)."""
-    for low, high in spans:
-        if max(low, start) < min(high, stop):
-            yield max(low, start), min(high, stop)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def shard_at(path: Path, format: Format, **more: Any) -> Shard:
 
 
 def read_tables(
-    shard: Shard, missing: tuple[tuple[int, int | None], ...] | None = None, **options: Any
+    shard: Shard, missing: tuple[tuple[int, int | None], ...] = ((0, None),), **options: Any
 ) -> tuple[list[pa.Table], ShardReport]:
     reader = read_shard(ShardWork(shard=shard, missing=missing), ReadOptions(**options))
     tables = []
@@ -33,7 +33,7 @@ def read_tables(
 
 
 def read_rows(
-    shard: Shard, missing: tuple[tuple[int, int | None], ...] | None = None, **options: Any
+    shard: Shard, missing: tuple[tuple[int, int | None], ...] = ((0, None),), **options: Any
 ) -> tuple[list[dict[str, Any]], ShardReport]:
     tables, report = read_tables(shard, missing, **options)
     return [row for table in tables for row in table.to_pylist()], report
