@@ -5,7 +5,7 @@ A cell without a usable image becomes a row with a status and an error; it does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -18,28 +18,34 @@ from pipeline.inputs.formats.tables.columns import is_text
 from pipeline.inputs.formats.tables.texts import escape_texts, not_utf8
 from pipeline.inputs.reader import ReadOptions
 
+Failure = tuple[Status, str]
+"""Why a row has neither an image nor an address."""
+
 
 @dataclass(frozen=True)
 class Images:
-    """The images of some rows; each list has an entry for each row."""
+    """The images of some rows; rows are numbered from 0."""
 
-    encoded: pa.Array
-    """Encoded bytes, or null."""
-    addresses: list[str | None]
-    statuses: list[Status | None]
-    """Why a row has neither bytes nor an address."""
-    errors: list[str | None]
+    cells: pa.Array
+    """Encoded bytes. Those of rows with an address or a failure are no images."""
+    addresses: dict[int, str]
+    failures: dict[int, Failure]
 
-    def refuse(self, reasons: Mapping[int, str]) -> Images:
-        """Return the images with some rows refused; a row that has failed already keeps its own reason."""
-        if not reasons:
-            return self
-        rows = range(len(self.statuses))
-        return Images(
-            pc.if_else(pa.array([row in reasons for row in rows], pa.bool_()), None, self.encoded),
-            [None if row in reasons else self.addresses[row] for row in rows],
-            [self.statuses[row] or (Status.REFUSED if row in reasons else None) for row in rows],
-            [self.errors[row] or reasons.get(row) for row in rows],
+    def refuse(self, row: int, reason: str) -> None:
+        """Refuse a row; one that has failed already keeps its own reason."""
+        self.failures.setdefault(row, (Status.REFUSED, reason))
+
+    def columns(self) -> tuple[pa.Array, pa.Array, pa.Array, pa.Array]:
+        """Return columns of images, statuses, errors and addresses."""
+        rows = range(len(self.cells))
+        is_image = [row not in self.failures and row not in self.addresses for row in rows]
+        failures = [self.failures.get(row, (None, None)) for row in rows]
+        addresses = [None if row in self.failures else self.addresses.get(row) for row in rows]
+        return (
+            pc.if_else(pa.array(is_image, pa.bool_()), self.cells, None),
+            pa.array([status for status, _ in failures], pa.string()),
+            pa.array([error for _, error in failures], pa.string()),
+            pa.array(addresses, pa.string()),
         )
 
 
@@ -58,73 +64,71 @@ def read_cells(cells: pa.Array, options: ReadOptions, folder: str) -> Images:
         cells = pc.struct_field(cells, "bytes") if "bytes" in names else pa.nulls(len(cells), pa.binary())
     elif options.fetch:
         paths, cells = cells, pa.nulls(len(cells), pa.binary())
-    if is_text(cells.type):
-        images = cells.cast(pa.string()).cast(pa.binary())
-        images, reasons = _decoded(images, range(len(cells)), options.max_image_bytes)
-    else:
-        images = cells.cast(pa.binary())
-        images, reasons = _decoded(images, _base64_cells(images, options), options.max_image_bytes)
-    return _usable(images, paths, reasons, options, folder)
+    images = cells.cast(pa.binary())
+    is_base64 = is_text(cells.type) or options.image_encoding == "base64"
+    rows = range(len(images)) if is_base64 else _base64_rows(images, options)
+    images, failures = _decoded(images, rows, options.max_image_bytes)
+    return _usable(images, paths, failures, options, folder)
 
 
-def _base64_cells(images: pa.Array, options: ReadOptions) -> list[int]:
-    """Return which cells of bytes are base64: all, or those that look so."""
-    if options.image_encoding == "base64":
-        return list(range(len(images)))
+def _base64_rows(images: pa.Array, options: ReadOptions) -> list[int]:
+    """Return the cells of bytes that look like base64."""
     if options.schema_version == 1:
         return []
     heads = pc.binary_slice(images, 0, HEAD_CHARS).to_pylist()
-    return [index for index, head in enumerate(heads) if head and looks_like_base64_image(head)]
+    return [row for row, head in enumerate(heads) if head and looks_like_base64_image(head)]
 
 
-def _decoded(images: pa.Array, indices: range | list[int], max_bytes: int) -> tuple[pa.Array, dict[int, str]]:
+def _decoded(images: pa.Array, rows: Sequence[int], max_bytes: int) -> tuple[pa.Array, dict[int, Failure]]:
     """Decode the base64 of some cells.
 
     Returns:
-        The images, and for each cell that is no base64 the reason. A text that is too long for an image of
+        The images, and the failures of cells that are no base64. A text that is too long for an image of
         `max_bytes` stays as it is.
     """
-    if not indices:
+    if not rows:
         return images, {}
-    values, reasons = images.to_pylist(), dict[int, str]()
-    for index in indices:
-        if values[index] and len(values[index]) <= 2 * max_bytes:
+    values, failures = images.to_pylist(), dict[int, Failure]()
+    for row in rows:
+        if values[row] and len(values[row]) <= 2 * max_bytes:
             try:
-                values[index] = decode_base64(values[index])
+                values[row] = decode_base64(values[row])
             except ValueError as error:
-                values[index], reasons[index] = None, str(error)
-    return pa.array(values, pa.binary()), reasons
+                failures[row] = Status.UNDECODABLE, str(error)
+    return pa.array(values, pa.binary()), failures
 
 
 def _usable(
-    images: pa.Array, paths: pa.Array | None, reasons: dict[int, str], options: ReadOptions, folder: str
+    images: pa.Array,
+    paths: pa.Array | None,
+    failures: dict[int, Failure],
+    options: ReadOptions,
+    folder: str,
 ) -> Images:
-    """Sort the cells into images, addresses and rows that fail."""
+    """Find the cells without a usable image: they have an address, or fail."""
     lengths = pc.fill_null(pc.binary_length(images), 0)
     max_bytes = options.max_image_bytes
-    usable = pc.and_(pc.greater(lengths, 0), pc.less_equal(lengths, max_bytes))
-    addresses: list[str | None] = [None] * len(images)
-    statuses: list[Status | None] = [None] * len(images)
+    unusable = pc.or_(pc.equal(lengths, 0), pc.greater(lengths, max_bytes))
     paths, not_text = (None, []) if paths is None else escape_texts(paths)
-    errors: list[str | None] = [None] * len(images)
-    for index in pc.indices_nonzero(pc.invert(usable)).to_pylist():
-        is_null, path = not images[index].is_valid, None if paths is None else paths[index].as_py()
-        path = path and path.strip()
-        if path and options.fetch and not lengths[index].as_py() and index not in reasons:
-            errors[index] = not_utf8("the address", path) if index in not_text else refusal(path, folder)
-            if errors[index]:
-                statuses[index] = Status.REFUSED
-            else:
-                addresses[index] = resolve(path, folder)
+    addresses: dict[int, str] = {}
+    for row in pc.indices_nonzero(unusable).to_pylist():
+        if row in failures:
             continue
-        statuses[index] = Status.MISSING_IMAGE
-        if index in reasons:
-            statuses[index], errors[index] = Status.UNDECODABLE, reasons[index]
-        elif lengths[index].as_py() > max_bytes:
-            statuses[index] = Status.TOO_LARGE
-            errors[index] = f"the cell has {lengths[index]} bytes, more than {max_bytes}"
+        is_null, num_bytes = not images[row].is_valid, lengths[row].as_py()
+        path = None if paths is None else paths[row].as_py()
+        path = path and path.strip()
+        if path and options.fetch and not num_bytes:
+            reason = not_utf8("the address", path) if row in not_text else refusal(path, folder)
+            if reason:
+                failures[row] = Status.REFUSED, reason
+            else:
+                addresses[row] = resolve(path, folder)
+        elif num_bytes > max_bytes:
+            failures[row] = Status.TOO_LARGE, f"the cell has {num_bytes} bytes, more than {max_bytes}"
         elif path and is_null:
-            errors[index] = f"the cell has no bytes, only the path {path!r}; embed the images, or use --fetch"
+            reason = f"the cell has no bytes, only the path {path!r}; embed the images, or use --fetch"
+            failures[row] = Status.MISSING_IMAGE, reason
         else:
-            errors[index] = "the cell is null" if is_null and path is None else "the cell is empty"
-    return Images(pc.if_else(usable, images, None), addresses, statuses, errors)
+            reason = "the cell is null" if is_null and path is None else "the cell is empty"
+            failures[row] = Status.MISSING_IMAGE, reason
+    return Images(images, addresses, failures)

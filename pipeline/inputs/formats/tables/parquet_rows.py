@@ -62,8 +62,8 @@ class ParquetRows:
         others = []
         for field in self.columns.texts.values():
             texts, rows = escape_texts(batch.column(field.name))
-            what = f"the text in {field.name!r}"
-            images = images.refuse({row: not_utf8(what, texts[row].as_py()) for row in rows})
+            for not_text in rows:
+                images.refuse(not_text, not_utf8(f"the text in {field.name!r}", texts[not_text].as_py()))
             others.append(texts)
         for name in self.options.kept:
             field = self.columns.kept.get(name)
@@ -76,12 +76,8 @@ class ParquetRows:
     def unreadable(self, row: int, num_rows: int, reason: str) -> pa.Table:
         """Make a table of rows that exist according to the file's footer but cannot be read."""
         others = [pa.nulls(num_rows, field.type) for field in list(self._schema)[len(self.options.columns) :]]
-        images = Images(
-            pa.nulls(num_rows, pa.binary()),
-            [None] * num_rows,
-            [Status.UNREADABLE] * num_rows,
-            [reason] * num_rows,
-        )
+        failures = dict.fromkeys(range(num_rows), (Status.UNREADABLE, reason))
+        images = Images(pa.nulls(num_rows, pa.binary()), {}, failures)
         keys = self._row_numbers(row, num_rows)
         return self._table(row, keys, images, pa.nulls(num_rows, pa.string()), others)
 
@@ -109,22 +105,22 @@ class ParquetRows:
                 start, num_bytes = row + 1, 0
 
     def _table(
-        self,
-        row: int,
-        keys: pa.Array,
-        images: Images,
-        members: pa.Array,
-        others: list[pa.Array],
+        self, row: int, keys: pa.Array, images: Images, members: pa.Array, others: list[pa.Array]
     ) -> pa.Table:
         num_rows = len(keys)
-        shards = pa.repeat(pa.scalar(self._shard), num_rows)
-        rows = pa.array(range(row, row + num_rows), pa.int64())
-        rest = [pa.array(images.statuses, pa.string()), pa.array(images.errors, pa.string())]
-        if MEMBER in self.options.columns:
-            rest.append(members)
-        if ADDRESS in self.options.columns:
-            rest.append(pa.array(images.addresses, pa.string()))
-        return pa.Table.from_arrays([keys, shards, rows, images.encoded, *rest, *others], schema=self._schema)
+        encoded, statuses, errors, addresses = images.columns()
+        first = {
+            "key": keys,
+            "shard": pa.repeat(pa.scalar(self._shard), num_rows),
+            "row": pa.array(range(row, row + num_rows), pa.int64()),
+            "image": encoded,
+            "status": statuses,
+            "error": errors,
+            MEMBER: members,
+            ADDRESS: addresses,
+        }
+        columns = [first[name] for name in self.options.columns]
+        return pa.Table.from_arrays([*columns, *others], schema=self._schema)
 
     def _row_numbers(self, row: int, num_rows: int) -> pa.Array:
         """Return the numbers of rows in the file as strings; they are the keys if there is no key column."""
