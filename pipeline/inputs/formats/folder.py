@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 
 from blip2_actor import Status
 from pipeline.errors import InputError
-from pipeline.inputs.formats.rows import TableBuilder
+from pipeline.inputs.formats.rows import TableBuilder, escape_name, member_types
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
 from pipeline.storage.retrying_file import open_input
@@ -25,7 +25,8 @@ Content = tuple[bytes | None, Status | None, str | None]
 
 def read(work: ShardWork, options: ReadOptions) -> Tables:
     """Yield the files asked for. A file that cannot be read becomes a row with a status and an error."""
-    shard, table = work.shard, TableBuilder(work.shard.name, options)
+    shard, version = work.shard, options.schema_version
+    table = TableBuilder(shard.name, options, member_types(options))
     try:
         filesystem, root = open_filesystem(shard.root)
     except InputError as error:
@@ -39,7 +40,8 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
         while batch := list(islice(rows, MAX_CONCURRENT_REQUESTS)):
             for row, (image, status, reason) in zip(batch, threads.map(read_row, batch), strict=True):
-                table.add(row, shard.files[row], image=image, status=status, error=reason, members={})
+                values = {"key": escape_name(shard.files[row], version), "image": image, "status": status}
+                table.add(row, values | {"error": reason and escape_name(reason, version)})
                 if table.is_full:
                     yield table.take()
     if len(table):

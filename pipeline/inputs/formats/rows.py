@@ -1,4 +1,4 @@
-"""Build tables from rows, for the formats whose rows are read one by one: tars and folders."""
+"""Build tables from rows, for the formats whose rows are read one by one: tars, folders and manifests."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from blip2_actor import Status
-from pipeline.inputs.reader import ADDRESS, MEMBER, ReadOptions
+from pipeline.column_names import SCHEMA_VERSION
+from pipeline.inputs.reader import ReadOptions
 
 _LIKE_AN_ESCAPE = re.compile(r"\\(?=x[0-9a-f]{2})")
 TEXT_EXTENSIONS = ("txt", "text", "json", "caption", "cls", "url")
@@ -16,75 +16,56 @@ TEXT_EXTENSIONS = ("txt", "text", "json", "caption", "cls", "url")
 
 
 class TableBuilder:
-    """Collects rows until `is_full`; `take` returns them as a table and starts the next one."""
+    """Collects rows until `is_full`; `take` returns them as a table and starts the next one.
 
-    def __init__(self, shard: str, options: ReadOptions) -> None:
+    Args:
+        shard: name of the shard.
+        options: the first columns, and the limits of a table.
+        others: the columns that follow, with their types.
+    """
+
+    def __init__(self, shard: str, options: ReadOptions, others: dict[str, pa.DataType]) -> None:
         self._shard = shard
         self._options = options
-        fields = options.columns | dict.fromkeys(options.texts, pa.string())
-        for name, source in options.kept.items():
-            fields[name] = member_type(source)
-        self._schema = pa.schema(fields)
-        self._rows: list[tuple[object, ...]] = []
+        self._schema = pa.schema(options.columns | others)
+        self._rows: list[dict[str, object]] = []
         self._num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
-    def holds_addresses(self) -> bool:
-        """Whether the rows have addresses instead of images."""
-        return ADDRESS in self._options.columns
-
-    @property
     def is_full(self) -> bool:
         return len(self._rows) >= self._options.table_rows or self._num_bytes >= self._options.table_bytes
 
-    def add(
-        self,
-        row: int,
-        key: str,
-        *,
-        member: str | None = None,
-        image: bytes | None = None,
-        status: Status | None = None,
-        error: str | None = None,
-        address: str | None = None,
-        members: Mapping[str, bytes],
-    ) -> None:
-        """Add a row.
-
-        Args:
-            row: number of the row in its shard.
-            key: key of the row.
-            member: name of the image's member in a tar.
-            image: encoded image, or None.
-            status: why there is no image, or None.
-            error: one sentence if `status` is not None; it may hold names that are not UTF-8, like `key`.
-            address: where the image is, if it is not in the shard.
-            members: content of the other members that the row has, by extension in lower case.
-        """
-        escape = escape_name if self._options.schema_version > 1 else _escape_v1
-        values: list[object] = [escape(key), self._shard, row, image, status, error and escape(error)]
-        if MEMBER in self._options.columns:
-            values.append(None if member is None else escape(member))
-        if self.holds_addresses:
-            values.append(address)
-        for source in self._options.texts.values():
-            text = members.get(source.lower())
-            values.append(None if text is None else text.decode(errors="replace").rstrip("\r\n"))
-        for source in self._options.kept.values():
-            content = members.get(source.lower())
-            is_text = content is not None and member_type(source) == pa.string()
-            values.append(content.decode(errors="replace") if content is not None and is_text else content)
-        self._rows.append(tuple(values))
-        self._num_bytes += len(image or b"") + sum(map(len, members.values()))
+    def add(self, row: int, values: Mapping[str, object]) -> None:
+        """Add a row by its number in the shard; columns without a value are null."""
+        self._rows.append({"shard": self._shard, "row": row, **values})
+        self._num_bytes += sum(len(value) for value in values.values() if isinstance(value, (bytes, str)))
 
     def take(self) -> pa.Table:
-        columns = list(zip(*self._rows, strict=True)) or [()] * len(self._schema)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
+        table = pa.Table.from_pylist(self._rows, self._schema)
         self._rows, self._num_bytes = [], 0
-        return pa.Table.from_arrays(arrays, schema=self._schema)
+        return table
+
+
+def member_types(options: ReadOptions) -> dict[str, pa.DataType]:
+    """Return the columns that the members of a sample become, with their types."""
+    kept = {name: member_type(extension) for name, extension in options.kept.items()}
+    return dict.fromkeys(options.texts, pa.string()) | kept
+
+
+def member_values(members: Mapping[str, bytes], options: ReadOptions) -> dict[str, object]:
+    """Return the columns that members become, which are given by extension in lower case."""
+    values: dict[str, object] = {}
+    for name, extension in options.texts.items():
+        if (text := members.get(extension.lower())) is not None:
+            values[name] = text.decode(errors="replace").rstrip("\r\n")
+    for name, extension in options.kept.items():
+        if (content := members.get(extension.lower())) is not None:
+            is_text = member_type(extension) == pa.string()
+            values[name] = content.decode(errors="replace") if is_text else content
+    return values
 
 
 def member_type(extension: str) -> pa.DataType:
@@ -92,15 +73,12 @@ def member_type(extension: str) -> pa.DataType:
     return pa.string() if extension.lower().rpartition(".")[2] in TEXT_EXTENSIONS else pa.binary()
 
 
-def escape_name(name: str) -> str:
+def escape_name(name: str, schema_version: int = SCHEMA_VERSION) -> str:
     """Write bytes that are not UTF-8 as `\\xff`: a file name may hold them, an Arrow string may not.
 
-    A backslash that would read as such an escape becomes `\\x5c`, so that no two names become the same.
+    A backslash that would read as such an escape becomes `\\x5c`, so that no two names become the same; in
+    version 1 of the row contract it stays.
     """
-    if "\\x" in name:
+    if "\\x" in name and schema_version > 1:
         name = _LIKE_AN_ESCAPE.sub(r"\\x5c", name)
-    return _escape_v1(name)
-
-
-def _escape_v1(name: str) -> str:
     return name if name.isascii() else name.encode(errors="surrogateescape").decode(errors="backslashreplace")

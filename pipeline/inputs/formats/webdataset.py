@@ -12,16 +12,17 @@ import tarfile
 
 from blip2_actor import Status
 from pipeline.inputs.formats.addresses import folder_of, refusal, resolve
-from pipeline.inputs.formats.rows import TableBuilder, escape_name
+from pipeline.inputs.formats.rows import TableBuilder, escape_name, member_types, member_values
 from pipeline.inputs.formats.samples import Sample, SampleReader
 from pipeline.inputs.formats.tar import TAR_ERRORS, check_after_end, open_archive, open_file, open_tar
-from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
+from pipeline.inputs.reader import ADDRESS, MEMBER, ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import Shard
 
 
 def read(work: ShardWork, options: ReadOptions) -> Tables:
     """Yield the samples asked for. A tar that ends early or is damaged is read up to that place."""
-    shard, table = work.shard, TableBuilder(work.shard.name, options)
+    shard = work.shard
+    table = TableBuilder(shard.name, options, member_types(options))
     reader = SampleReader(options, work.wants)
     reason, folder = None, folder_of(shard.root, shard.files[0])
     try:
@@ -29,7 +30,7 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
             for sample in reader.read(archive):
                 for row in range(sample.first_row, shard.limit_rows(reader.num_rows)):
                     if work.wants(row):
-                        _add(table, sample, row, folder)
+                        table.add(row, _values(sample, row, folder, options))
                         if table.is_full:
                             yield table.take()
                 if shard.limit_rows(reader.num_rows) == shard.max_rows:
@@ -87,10 +88,11 @@ def first_extensions(shard: Shard, max_samples: int) -> list[list[str]]:
     return found
 
 
-def _add(table: TableBuilder, sample: Sample, row: int, folder: str) -> None:
-    """Add a row of a sample to a table. A sample without an image says so in its status."""
+def _values(sample: Sample, row: int, folder: str, options: ReadOptions) -> dict[str, object]:
+    """Return the columns of a row of a sample. A sample without an image says so in its status."""
     found = sample.images[row - sample.first_row] if sample.images else None
     image, status, error = (found.image, found.status, found.error) if found else (None, None, None)
+    address = None
     if status is None:
         status, error = sample.status, sample.error
     if status is not None:
@@ -99,21 +101,17 @@ def _add(table: TableBuilder, sample: Sample, row: int, folder: str) -> None:
         status = Status.MISSING_IMAGE
         error = f"the sample has no image among its members: {', '.join(sample.extensions)}"
     elif not image:
-        image, status = None, Status.MISSING_IMAGE
-        error = f"{found.name} is empty"
-    member = None if found is None else found.name
-    address = None
-    if image is not None and table.holds_addresses:
+        image, status, error = None, Status.MISSING_IMAGE, f"{found.name} is empty"
+    elif options.fetch:
         written, image = image.decode(errors="replace").strip(), None
         error = refusal(written, folder)
         status, address = (Status.REFUSED, None) if error else (None, resolve(written, folder))
-    table.add(
-        row,
-        sample.key,
-        member=member,
-        image=image,
-        status=status,
-        error=error,
-        address=address,
-        members=sample.members,
-    )
+    return {
+        "key": escape_name(sample.key, options.schema_version),
+        "image": image,
+        "status": status,
+        "error": error and escape_name(error, options.schema_version),
+        MEMBER: found and escape_name(found.name, options.schema_version),
+        ADDRESS: address,
+        **member_values(sample.members, options),
+    }
