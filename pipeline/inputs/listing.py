@@ -83,8 +83,6 @@ def list_input(
     *,
     format: str = "auto",
     limit: int | None = None,
-    files_per_shard: int = FILES_PER_SHARD,
-    range_bytes: int = RANGE_BYTES,
     options: ReadOptions = ReadOptions(),
     patterns: Patterns = Patterns(),
 ) -> Listing:
@@ -95,8 +93,6 @@ def list_input(
             (`{00000..01023}.tar`, `{train,val}`). Each is a local path or a URI. `@FILE` is a manifest.
         format: "auto", or "webdataset", "parquet" or "folder" if the names of the files leave doubt.
         limit: maximum number of rows, taken from the shards in their order. Tars are scanned to count them.
-        files_per_shard: images of a folder in one shard.
-        range_bytes: Parquet files above this size are cut into ranges of about this size.
         options: which members of a tar are rows, for the limit.
         patterns: which files are wanted.
 
@@ -107,7 +103,7 @@ def list_input(
         raise InputError(f"limit must be at least 1, got {limit}")
     inputs = [input_uri] if isinstance(input_uri, str) else input_uri
     listed = list_files(inputs, format, patterns=patterns)
-    shards = shards_of(listed, files_per_shard, range_bytes, options=options)
+    shards = shards_of(listed, options=options)
     return Listing(shards if limit is None else list(take_rows(shards, limit, options)), listed.unread)
 
 
@@ -179,8 +175,6 @@ def _folder_names(
 
 def shards_of(
     listed: ListedFiles,
-    files_per_shard: int = FILES_PER_SHARD,
-    range_bytes: int = RANGE_BYTES,
     num_before: Mapping[str, int] | None = None,
     options: ReadOptions = ReadOptions(),
 ) -> list[Shard]:
@@ -188,8 +182,6 @@ def shards_of(
 
     Args:
         listed: the files.
-        files_per_shard: images of a folder in one shard.
-        range_bytes: Parquet files above this size are cut into ranges of about this size.
         num_before: for each name of a folder, the number of its images that are in shards already.
         options: which column of a table holds the images.
     """
@@ -197,20 +189,20 @@ def shards_of(
     for (root, file_format), files in listed.chosen.items():
         if file_format == "folder":
             name = listed.folder_names[root]
-            shards += _folder_shards(root, name, files, files_per_shard, (num_before or {}).get(name, 0))
+            shards += _folder_shards(root, name, files, (num_before or {}).get(name, 0))
         else:
-            shards += _file_shards(root, listed.prefixes[root], file_format, files, range_bytes, options)
+            shards += _file_shards(root, listed.prefixes[root], file_format, files, options)
     shards.sort(key=lambda shard: shard.name)
     refuse_duplicates(shard.name for shard in shards)
     refuse_unwritable(shards)
     return shards
 
 
-def shards_of_file(shard: Shard, options: ReadOptions, range_bytes: int = RANGE_BYTES) -> list[Shard]:
+def shards_of_file(shard: Shard, options: ReadOptions) -> list[Shard]:
     """Return the shard of a whole tar or Parquet file, the ranges of a large table, or a manifest's parts."""
     if shard.format == "manifest":
         return manifest.split(shard)
-    return parquet.split(shard, range_bytes, options) if shard.format == "parquet" else [shard]
+    return parquet.split(shard, RANGE_BYTES, options) if shard.format == "parquet" else [shard]
 
 
 def _prefixes(addresses: dict[str, tuple[str, ...]]) -> dict[str, str]:
@@ -225,7 +217,7 @@ def _join_name(prefix: str, file: str) -> str:
 
 
 def _file_shards(
-    root: str, prefix: str, file_format: Format, files: FileTable, range_bytes: int, options: ReadOptions
+    root: str, prefix: str, file_format: Format, files: FileTable, options: ReadOptions
 ) -> list[Shard]:
     """Make one shard of each tar or Parquet file, and several of a large Parquet file."""
     shards = []
@@ -246,17 +238,15 @@ def _file_shards(
         )
     if file_format not in ("parquet", "manifest"):
         return shards
-    return list(chain.from_iterable(at_once(lambda s: shards_of_file(s, options, range_bytes), shards)))
+    return list(chain.from_iterable(at_once(lambda s: shards_of_file(s, options), shards)))
 
 
-def _folder_shards(
-    root: str, name: str, files: FileTable, files_per_shard: int, num_before: int
-) -> Iterator[Shard]:
+def _folder_shards(root: str, name: str, files: FileTable, num_before: int) -> Iterator[Shard]:
     """Yield slices of the sorted listing of a folder of images; they are numbered from `num_before` on."""
     width = len(str(num_before + len(files) - 1))
     has_stamps = not is_local(root) or len(files) <= MAX_STAMPED_IMAGES
     last = num_before - 1
-    for paths, listed in files.slices(files_per_shard):
+    for paths, listed in files.slices(FILES_PER_SHARD):
         sizes = [file.size_bytes for file in listed]
         first, last = last + 1, last + len(paths)
         yield Shard(

@@ -22,7 +22,7 @@ def read(work, on_end, options=ReadOptions()) -> list[dict]:
 
 
 @pytest.fixture
-def inputs(tmp_path):
+def inputs(tmp_path, monkeypatch):
     folder = tmp_path / "in"
     images = {f"{at:03d}": png(at) for at in range(40)}
     write_tar(folder / "a/0.tar", images)
@@ -34,7 +34,9 @@ def inputs(tmp_path):
         (folder / "files").mkdir(exist_ok=True)
         (folder / "files" / f"{key}.png").write_bytes(image)
     names = [str(folder / name) for name in ("a", "0.parquet", "files")]
-    return list_shards(names, files_per_shard=30, range_bytes=1000), images
+    monkeypatch.setattr("pipeline.inputs.listing.FILES_PER_SHARD", 30)
+    monkeypatch.setattr("pipeline.inputs.listing.RANGE_BYTES", 1000)
+    return list_shards(names), images
 
 
 @pytest.fixture

@@ -63,8 +63,9 @@ def test_a_bucket_is_listed_like_a_disk(query, path, names):
     assert "secret" not in shards[0].uri + shards[0].name
 
 
-def test_tables_and_folders_in_a_bucket(query):
-    shards = list_shards(uri("bucket/tables", query), range_bytes=100)
+def test_tables_and_folders_in_a_bucket(query, monkeypatch):
+    monkeypatch.setattr("pipeline.inputs.listing.RANGE_BYTES", 100)
+    shards = list_shards(uri("bucket/tables", query))
     assert len(shards) == 3 and len(check_options(shards, ReadOptions())) == 0
     assert [row["image"] for shard in shards for row in read_rows(shard)[0]] == [
         b"%d" % at for at in range(30)

@@ -259,8 +259,7 @@ def test_a_partial_tar_that_was_repaired_is_made_again_by_retry_alone(tmp_path):
 )
 def test_all_ranges_of_a_changed_table_are_made_again(tmp_path, monkeypatch, limit, before, num_rows, after):
     """Its row groups move: a range of the new table is not the range of the old one."""
-    monkeypatch.setitem(listing.list_input.__kwdefaults__, "range_bytes", 1)
-    monkeypatch.setattr(listing.shards_of_file, "__defaults__", (1,))
+    monkeypatch.setattr(listing, "RANGE_BYTES", 1)
 
     def write_table(num_rows: int, content: str) -> None:
         (tmp_path / "in").mkdir(exist_ok=True)

@@ -158,9 +158,10 @@ def test_a_named_file_may_have_any_name_if_the_format_is_given(tmp_path):
     assert names(tmp_path / "part-0", format="webdataset") == ["part-0"]
 
 
-def test_folders_are_sliced_by_their_sorted_listing(tmp_path):
+def test_folders_are_sliced_by_their_sorted_listing(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "FILES_PER_SHARD", 10)
     touch(tmp_path / "in", *(f"{at % 4}/{at:03d}.jpg" for at in range(25)), "0/notes.txt")
-    shards = list_shards(str(tmp_path / "in"), files_per_shard=10)
+    shards = list_shards(str(tmp_path / "in"))
     assert [shard.name for shard in shards] == ["in~00-09", "in~10-19", "in~20-24"]
     files = [file for shard in shards for file in shard.files]
     assert files == sorted(files) and len(files) == 25

@@ -172,10 +172,11 @@ def test_a_usual_name_decides_between_columns_of_bytes(tmp_path):
     assert rows[0]["image"] == b"x"
 
 
-def test_ranges_of_row_groups_cover_every_row_once(tmp_path):
+def test_ranges_of_row_groups_cover_every_row_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.inputs.listing.RANGE_BYTES", 12_000)
     table = numbered(95, size=100)
     write(tmp_path, table, row_group_size=10)
-    shards = list_shards(str(tmp_path), range_bytes=12_000)
+    shards = list_shards(str(tmp_path))
     assert [shard.name for shard in shards] == [
         "0.parquet~00-19",
         "0.parquet~20-39",
@@ -242,13 +243,14 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path):
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 3, 200, -5])
-def test_a_table_that_is_cut_short_is_a_partial_shard(tmp_path, keep_bytes):
+def test_a_table_that_is_cut_short_is_a_partial_shard(tmp_path, monkeypatch, keep_bytes):
+    monkeypatch.setattr("pipeline.inputs.listing.RANGE_BYTES", 1)
     shard = write(tmp_path, numbered(30))
     path = tmp_path / "0.parquet"
     path.write_bytes(path.read_bytes()[:keep_bytes])
     rows, report = read_rows(shard)
     assert (rows, report.num_rows, report.complete) == ([], 0, False)
-    assert [s.name for s in list_shards(str(tmp_path), range_bytes=1)] == ["0.parquet"]
+    assert [s.name for s in list_shards(str(tmp_path))] == ["0.parquet"]
 
 
 def test_tables_are_small_and_the_same_every_time(tmp_path):
