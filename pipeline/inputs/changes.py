@@ -7,22 +7,17 @@ joined by their number; new files become further shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import Unread
-from pipeline.inputs.listing import (
-    MAX_STAMPED_IMAGES,
-    ListedFiles,
-    shards_of,
-    shards_of_file,
-    take_rows,
-)
+from pipeline.inputs.listing import MAX_STAMPED_IMAGES, ListedFiles, shards_of, shards_of_file, take_rows
 from pipeline.inputs.reader import ReadOptions
-from pipeline.inputs.shards import Shard, is_local, without_secrets
+from pipeline.inputs.shards import Shard, is_local
 from pipeline.inputs.stamps import UNKNOWN, has_content, local_stamps_by_path, path_of, size_in
 from pipeline.progress import count
 from pipeline.storage.file_table import FilesBelowRoots, FileTable, ListedFile
+from pipeline.storage.secrets import without_secrets
 
 NO_FILES = ListedFiles({}, {}, {}, Unread())
 MAX_NAMED = 10
@@ -35,15 +30,15 @@ class InputChanges:
 
     shards: tuple[Shard, ...]
     """The shards of the run, with the stamps of files that were not known or were only copied."""
-    changed: Mapping[str, str] = field(default_factory=dict)
+    changed: Mapping[str, str]
     """How each changed shard has changed, by its name."""
-    stamps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stamps: Mapping[str, tuple[str, ...]]
     """The stamps that the files of the changed shards have now."""
-    gone: tuple[tuple[str, str], ...] = ()
+    gone: tuple[tuple[str, str], ...]
     """Root, without secrets, and path of each file of the run that is no longer in the input."""
-    new: ListedFiles = field(default_factory=lambda: NO_FILES)
+    new: ListedFiles
     """Files of the input that are not in the run."""
-    unread: Unread = field(default_factory=Unread)
+    unread: Unread
     """Files of the input that are not read."""
 
     @property
@@ -115,11 +110,11 @@ def find_changes(
     """
     now = FilesBelowRoots((without_secrets(root), files) for (root, _), files in listed.chosen.items())
     num_images = sum(len(shard.files) for shard in shards if shard.format == "folder")
-    has_stamps = {
-        shard.name: bool(shard.stamps) or shard.format != "folder" or num_images <= MAX_STAMPED_IMAGES
-        for shard in shards
-    }
-    on_disk = local_stamps_by_path(shard for shard in shards if has_stamps[shard.name])
+
+    def has_stamps(shard: Shard) -> bool:
+        return bool(shard.stamps) or _is_file(shard) or num_images <= MAX_STAMPED_IMAGES
+
+    on_disk = local_stamps_by_path(filter(has_stamps, shards))
     kept: list[Shard] = []
     gone: dict[tuple[str, str], None] = {}  # Ranges of a table share a file.
     changed: dict[str, str] = {}
@@ -132,7 +127,7 @@ def find_changes(
         num_known[root, shard.files] = len(found) - found.count(None)
         if None in found:
             gone |= {(root, f): None for f, file in zip(shard.files, found, strict=True) if file is None}
-        if not has_stamps[shard.name]:
+        if not has_stamps(shard):
             kept.append(shard)
             continue
         if is_local(shard.root):

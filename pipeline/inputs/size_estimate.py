@@ -7,11 +7,12 @@ rows per byte found there are applied to the bytes of all the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from pipeline.inputs.evenly_spaced import evenly_spaced
-from pipeline.inputs.formats import count_rows, webdataset
+from pipeline.inputs.formats import webdataset
+from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import at_once
@@ -71,7 +72,8 @@ def estimate_size(
     elif is_counted:
         guesses = (sum(scan.num_rows for scan in scans),) * 3
     elif any(shard.size_bytes is None for shard in uncounted):
-        guesses = _extrapolate_files(scans, len(uncounted))
+        per_file = [replace(scan, num_bytes=1) for scan in scans]  # of more rows: not all of a tar is scanned
+        guesses = _extrapolate(per_file, len(uncounted))
     else:
         guesses = _extrapolate(scans, sum(shard.size_bytes or 0 for shard in uncounted))
     num_rows, min_rows, max_rows = (min(counted + guess, limit or counted + guess) for guess in guesses)
@@ -87,12 +89,13 @@ def estimate_size(
 
 
 def _scan(shard: Shard, options: ReadOptions) -> _Scan:
-    size_bytes = shard.size_bytes or 0
+    num_bytes = None
     if shard.format == "parquet":
-        return _Scan(num_rows=count_rows(shard, 1 << 62, options), num_bytes=size_bytes, is_whole=True)
-    num_rows, num_bytes = webdataset.scan_first_rows(shard, SCANNED_ROWS_PER_TAR, options)
+        num_rows = parquet.count_rows(shard, options)
+    else:
+        num_rows, num_bytes = webdataset.scan_first_rows(shard, SCANNED_ROWS_PER_TAR, options)
     if num_bytes is None:
-        return _Scan(num_rows=num_rows, num_bytes=size_bytes, is_whole=True)
+        return _Scan(num_rows=num_rows, num_bytes=shard.size_bytes or 0, is_whole=True)
     return _Scan(num_rows=num_rows, num_bytes=num_bytes, is_whole=False)
 
 
@@ -103,12 +106,3 @@ def _extrapolate(scans: Sequence[_Scan], num_bytes: int) -> tuple[int, int, int]
         return 0, 0, 0
     average = sum(scan.num_rows for scan in scans) / sum(scan.num_bytes for scan in scans)
     return round(num_bytes * average), round(num_bytes * min(densities)), round(num_bytes * max(densities))
-
-
-def _extrapolate_files(scans: Sequence[_Scan], num_files: int) -> tuple[int, int, int]:
-    """Return how many rows files of unknown size hold: on average, at least and at most as the scans found.
-
-    A scan ends after some rows of a tar, so there may be many more.
-    """
-    found = [scan.num_rows for scan in scans]
-    return round(num_files * sum(found) / len(found)), num_files * min(found), num_files * max(found)

@@ -69,7 +69,7 @@ def count_rows(shard: Shard, max_rows: int, options: ReadOptions) -> int:
         return min(shard.num_rows, max_rows)
     if shard.format == "parquet":
         return min(parquet.count_rows(shard, options), max_rows)
-    return webdataset.count_rows(shard, max_rows, options)
+    return min(webdataset.scan_first_rows(shard, max_rows, options)[0], max_rows)
 
 
 def check_options(shards: Sequence[Shard], options: ReadOptions) -> pa.Schema:
@@ -100,10 +100,11 @@ def check_options(shards: Sequence[Shard], options: ReadOptions) -> pa.Schema:
             "--fetch needs --image-column with tars: the ending of the members with a URL, as url"
         )
     _check_members(tars, options)
-    tables = list({(s.root, s.files): s for s in shards if s.format == "parquet"}.values())
+    tables = _one_of_each_file(shards, "parquet")
     found = _find_columns(tables, options) if tables else []
     _require_base64(found, options)
-    found += [(shard, manifest.columns_of(shard, options)) for shard in _first_parts(shards)]
+    manifests = _one_of_each_file(shards, "manifest")
+    found += [(shard, manifest.columns_of(shard, options)) for shard in manifests]
     kept = []
     for name, source in options.kept.items():
         types = [(tars[0].uri, member_type(source))] if tars else []
@@ -142,9 +143,8 @@ def _find_columns(tables: Sequence[Shard], options: ReadOptions) -> list[tuple[S
     return found
 
 
-def _first_parts(shards: Sequence[Shard]) -> list[Shard]:
-    """Return one shard of each manifest."""
-    return list({(s.root, s.files): s for s in reversed(shards) if s.format == "manifest"}.values())
+def _one_of_each_file(shards: Sequence[Shard], format: Format) -> list[Shard]:
+    return list({(shard.root, shard.files): shard for shard in shards if shard.format == format}.values())
 
 
 def _require_base64(found: Sequence[tuple[Shard, Columns]], options: ReadOptions) -> None:

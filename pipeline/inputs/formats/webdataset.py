@@ -50,11 +50,6 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
     )
 
 
-def count_rows(shard: Shard, max_rows: int, options: ReadOptions) -> int:
-    """Count the rows of a tar by its headers, up to a maximum."""
-    return min(max_rows, scan_first_rows(shard, max_rows, options)[0])
-
-
 def scan_first_rows(shard: Shard, max_rows: int, options: ReadOptions) -> tuple[int, int | None]:
     """Scan the headers of the first samples of a tar.
 
