@@ -20,10 +20,11 @@ from pipeline.inputs.formats.endings import format_of, without_ending
 from pipeline.inputs.formats.tables.own_outputs import tables_in_outputs, tables_of_runs
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.image_kinds import head_of, looks_like_image
-from pipeline.inputs.shards import Format, Shard, without_secrets
+from pipeline.inputs.shards import Format, Shard
 from pipeline.progress import count
 from pipeline.storage.file_table import FileTable
 from pipeline.storage.filesystems import at_once, join, open_filesystem
+from pipeline.storage.secrets import without_secrets
 
 FORMAT_NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
 FORMATS: tuple[Format, ...] = tuple(FORMAT_NOUNS)
@@ -91,6 +92,9 @@ def choose_files(
     all_files = found.files
     if patterns != Patterns():
         found = replace(found, files=all_files.select(patterns.take))
+    num_excluded = len(all_files) - len(found.files)
+    if found.one_by_one and wanted in FORMATS:
+        return Chosen({wanted: found.files}, Unread(num_excluded=num_excluded))
     known_format = _only_format(known)
     root = without_secrets(found.root)
     known_files = {
@@ -103,32 +107,26 @@ def choose_files(
     kinds = _Kinds(found, known_format if wanted == "auto" else wanted, known_files)
     own: set[str] = set()
     if found.one_by_one:
-        formats = _choose_named_files(wanted, kinds)
+        _refuse_others(kinds)
+        formats = set(kinds.counts)
     else:
         formats = _choose_formats(wanted, known_format, kinds)
         if "parquet" in formats:
             own = tables_of_runs(found.root, kinds.tables, known_files)
-        kinds.counts["parquet"] -= len(own)
+            kinds.leave_out(own)
         formats = {name for name in formats if kinds.counts[name]}
         _refuse_several(found, {name: kinds.counts[name] for name in formats})
-    given = next(iter(formats)) if found.one_by_one and wanted in FORMATS else None
-
-    def format_in(file: str) -> Format | None:
-        file_format = given or kinds.of(file)
-        return file_format if file_format in formats and file not in own else None
-
-    num_excluded = len(all_files) - len(found.files)
     for name in formats:
-        if given or kinds.counts[name] == len(found.files):  # Of 10^8 files, none is looked at again.
+        if kinds.counts[name] == len(found.files):  # Of 10^8 files, none is looked at again.
             return Chosen({name: found.files}, Unread(num_excluded=num_excluded))
-    left_out = [file for file in found.files if format_in(file) is None and file not in own]
+    left_out = [file for file in found.files if kinds.of(file) not in formats and file not in own]
     own |= tables_in_outputs(found.root, [file for file in left_out if format_of(file) == "parquet"])
     rest = _count_endings(file for file in left_out if file not in own)
     if not formats and not may_lack:
         _refuse_nothing(found, wanted, rest, len(own))
 
     def files_in(name: Format) -> FileTable:
-        return found.files.select(lambda file: format_in(file) == name)
+        return found.files.select(lambda file: kinds.of(file) == name)
 
     files = {name: files_in(name) for name in formats}
     return Chosen(files, Unread(rest, len(own), num_excluded))
@@ -146,7 +144,7 @@ class _Kinds:
         """Look at all files; of the known ones none is opened."""
         self._found = found
         self._images: set[str] = set()
-        self._metadata: set[str] = set()
+        self._left_out: set[str] = set()
         self.counts: Counter[Format] = Counter()
         self.tables: list[str] = []
         self.first_other: str | None = None
@@ -169,11 +167,17 @@ class _Kinds:
         """Return the format in which a file can be read, or None."""
         if file in self._images:
             return "folder"
-        is_left_out = file in self._metadata or (not self._found.one_by_one and _belongs_to_a_tool(file))
+        is_left_out = file in self._left_out or (not self._found.one_by_one and _belongs_to_a_tool(file))
         return None if is_left_out else format_of(file)
 
-    def drop_metadata(self) -> None:
-        """Leave out the tables that share their name with a tar or with a folder of images."""
+    def leave_out(self, tables: Collection[str]) -> None:
+        """Let some tables be of no format."""
+        self._left_out.update(tables)
+        self.tables = [table for table in self.tables if table not in self._left_out]
+        self.counts["parquet"] = len(self.tables)
+
+    def metadata(self) -> set[str]:
+        """Return the tables that share their name with a tar or with a folder of images."""
         names: set[str] = set()
         for file in self._found.files:
             kind = self.of(file)
@@ -181,9 +185,7 @@ class _Kinds:
                 names.add(without_ending(file))
             elif kind == "folder":
                 names.add(posixpath.dirname(file))
-        self._metadata = {table for table in self.tables if without_ending(table) in names}
-        self.tables = [table for table in self.tables if table not in self._metadata]
-        self.counts["parquet"] = len(self.tables)
+        return {table for table in self.tables if without_ending(table) in names}
 
     def _find_images(self, unnamed: Sequence[str], known: Collection[str]) -> set[str]:
         new = [file for file in unnamed if file not in known]
@@ -202,30 +204,26 @@ def _belongs_to_a_tool(file: str) -> bool:
     return (file.startswith("_") or "/_" in file) and format_of(file) != "folder"
 
 
-def _choose_named_files(wanted: str, kinds: _Kinds) -> set[Format]:
-    """Choose the formats of files that were named one by one: `--format` decides, if it is given."""
-    given: set[Format] = {name for name in FORMATS if name == wanted}
-    if given:
-        return given
+def _choose_formats(wanted: str, known: Format | None, kinds: _Kinds) -> set[Format]:
+    """Choose the formats of a folder or a glob; tables next to other files may be their metadata."""
+    formats = set(kinds.counts)
+    if wanted != "auto":
+        return formats & {wanted}
+    if known in formats:
+        return {known}
+    if len(formats) > 1 and "parquet" in formats:
+        kinds.leave_out(kinds.metadata())
+    return formats
+
+
+def _refuse_others(kinds: _Kinds) -> None:
+    """Raise InputError if one of the files that were named one by one has no format."""
     if kinds.first_other is not None:
         raise InputError(
             f"the name {kinds.first_other} does not tell whether the file is a tar, a Parquet table or an "
             "image; if it lists images, put @ in front of its name; else leave it out, or say what it is "
             "with --format"
         )
-    return set(kinds.counts)
-
-
-def _choose_formats(wanted: str, known: Format | None, kinds: _Kinds) -> set[Format]:
-    """Choose the formats of a folder or a glob; tables next to other files may be their metadata."""
-    formats = set(kinds.counts)
-    if wanted != "auto":
-        return {name for name in formats if name == wanted}
-    if known in formats:
-        return {known}
-    if len(formats) > 1 and "parquet" in formats:
-        kinds.drop_metadata()
-    return formats
 
 
 def _refuse_several(found: FoundFiles, counts: Mapping[Format, int]) -> None:
