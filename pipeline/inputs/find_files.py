@@ -216,8 +216,24 @@ def _find_matching(
     return files, absent, one_by_one
 
 
-def _matching(filesystem: pafs.FileSystem, base: str, pattern: list[str]) -> Iterator[tuple[str, ListedFile]]:
-    """Yield the files that match a glob, and all files below the folders that match it.
+def _all_below(filesystem: pafs.FileSystem, base: str) -> Iterator[tuple[str, ListedFile]]:
+    """Yield every file below a folder.
+
+    An object store lists everything below a prefix page by page, so its folders are not asked for one by one.
+    """
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        yield from _matching(filesystem, base, None)
+        return
+    for info in filesystem.get_file_info(pafs.FileSelector(base, recursive=True)):
+        path = info.path[len(base.rstrip("/")) + 1 :]
+        if info.type != pafs.FileType.Directory and not any(map(_is_ignored, path.split("/"))):
+            yield path, _listed(filesystem, info)
+
+
+def _matching(
+    filesystem: pafs.FileSystem, base: str, pattern: list[str] | None
+) -> Iterator[tuple[str, ListedFile]]:
+    """Yield the files that match a glob, and all files below the folders that match it; all without a glob.
 
     A folder is listed only if something below it can match.
     """
@@ -226,36 +242,16 @@ def _matching(filesystem: pafs.FileSystem, base: str, pattern: list[str]) -> Ite
         folder = folders.pop()
         for name, is_folder, listed in _children(filesystem, join(base, folder)):
             path = f"{folder}{name}"
-            parts = path.split("/")
-            if matches(parts, pattern):
-                if is_folder:
-                    below = _all_below(filesystem, join(base, path))
-                    yield from ((f"{path}/{file}", listed) for file, listed in below)
-                else:
-                    yield path, listed
-            if is_folder and may_match_below(parts, pattern):
+            if pattern is not None and not matches(path.split("/"), pattern):
+                if is_folder and may_match_below(path.split("/"), pattern):
+                    folders.append(f"{path}/")
+            elif not is_folder:
+                yield path, listed
+            elif pattern is None:
                 folders.append(f"{path}/")
-
-
-def _all_below(filesystem: pafs.FileSystem, base: str) -> Iterator[tuple[str, ListedFile]]:
-    """Yield every file below a folder.
-
-    An object store lists everything below a prefix page by page, so its folders are not asked for one by one.
-    """
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        for info in filesystem.get_file_info(pafs.FileSelector(base, recursive=True)):
-            path = info.path[len(base.rstrip("/")) + 1 :]
-            if info.type != pafs.FileType.Directory and not any(map(_is_ignored, path.split("/"))):
-                yield path, _listed(filesystem, info)
-        return
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        for name, is_folder, listed in _children(filesystem, join(base, folder)):
-            if is_folder:
-                folders.append(f"{folder}{name}/")
             else:
-                yield f"{folder}{name}", listed
+                below = _all_below(filesystem, join(base, path))
+                yield from ((f"{path}/{file}", listed) for file, listed in below)
 
 
 def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, bool, ListedFile]]:
