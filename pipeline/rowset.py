@@ -19,13 +19,7 @@ class RowSet:
     def __init__(self, ranges: Iterable[Range] = ()) -> None:
         self._starts: list[int] = []
         self._stops: list[int] = []
-        for start, stop in ranges:
-            self.add(start, stop)
-
-    @classmethod
-    def of_rows(cls, rows: Iterable[int]) -> RowSet:
-        """Return the set of row numbers that come in any order."""
-        return cls(ranges_of(rows))
+        self.update(ranges)
 
     def add(self, start: int, stop: int) -> None:
         """Add the rows from start (included) to stop (excluded)."""
@@ -79,7 +73,7 @@ class RowSet:
 
 
 def ranges_of(rows: Iterable[int]) -> Iterator[Range]:
-    """Yield ascending row numbers as ranges; a number that comes twice in a row counts once."""
+    """Yield row numbers as ranges, as long as they ascend; one that comes twice in a row counts once."""
     start = stop = None
     for row in rows:
         if start is None or stop is None:

@@ -22,7 +22,7 @@ from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState, ShardProgress, unfinished
 from pipeline.ledger.summaries import load_summaries
 from pipeline.progress import count
-from pipeline.rowset import RowSet
+from pipeline.rowset import RowSet, ranges_of
 from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying_file import read_file
@@ -63,7 +63,7 @@ class RowChoice:
             is_chosen = pc.not_equal(rows["status"], Status.OK.value)
         if self.keys is not None:
             is_chosen = pc.and_(is_chosen, pc.is_in(rows["key"], pa.array(sorted(self.keys), pa.string())))
-        return RowSet.of_rows(rows.filter(pc.invert(is_chosen))["row"].to_pylist())
+        return RowSet(ranges_of(rows.filter(pc.invert(is_chosen))["row"].to_pylist()))
 
 
 def read_keys(path: str) -> frozenset[str]:

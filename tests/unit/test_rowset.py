@@ -43,4 +43,4 @@ def test_sorted_rows_become_ranges(rows):
 
 
 def test_of_rows_takes_any_order():
-    assert list(RowSet.of_rows([5, 1, 2, 0, 5])) == [(0, 3), (5, 6)]
+    assert list(RowSet(ranges_of([5, 1, 2, 0, 5]))) == [(0, 3), (5, 6)]
