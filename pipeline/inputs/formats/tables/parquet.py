@@ -42,6 +42,8 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
             columns = Columns.find(file.schema_arrow, options)
             sizes = group_sizes(file.metadata, columns)
             first, stop = shard.row_groups or (0, len(sizes))
+            if stop > len(sizes):
+                raise InputError(f"it has {len(sizes)} row groups, fewer than the run has listed")
             note = columns.note("file")
             file_rows = list(accumulate(_table_sizes(file.metadata), initial=0))
             folder = folder_of(shard.root, shard.files[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -240,6 +242,14 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path):
     assert all("row group 1" in row["error"] for row in rows[10:20])
     assert report.num_rows == 30 and not report.complete
     assert report.reason is not None and "row group 1" in report.reason
+
+
+def test_a_range_that_a_table_does_not_have_any_more_is_a_partial_shard(tmp_path):
+    """Runs of 0.1.0 and web servers know no stamps, so that only reading tells; it ended the job."""
+    shard = write(tmp_path, numbered(30), row_group_size=10)
+    rows, report = read_rows(replace(shard, row_groups=(2, 4)))
+    assert (rows, report.num_rows, report.complete) == ([], 0, False)
+    assert "it has 3 row groups, fewer than" in str(report.reason)
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 3, 200, -5])
