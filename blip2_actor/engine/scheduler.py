@@ -223,10 +223,12 @@ class Scheduler:
         num_slots = sum(len(text.slots) for text in texts)
         token_ids, lengths = [0] * num_slots, [0] * num_slots
         for text in texts:
-            length = text.length
-            tokens = [ON_DEVICE] if text.num_unread else text.search.tokens()
+            tokens = text.search.tokens()
+            if text.num_unread:
+                known = text.known_token
+                tokens = [ON_DEVICE if known is None else known]
             for slot, token_id in zip(text.slots, tokens, strict=True):
-                token_ids[slot], lengths[slot] = token_id, length
+                token_ids[slot], lengths[slot] = token_id, text.length
         logits = self.runner.decode(token_ids, lengths)
         for text in texts:
             text.length += 1

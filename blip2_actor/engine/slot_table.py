@@ -38,9 +38,15 @@ class RunningText:
 
     @property
     def takes_argmax(self) -> bool:
-        """True if the next token is the largest logit, or that among the tokens that do not end the text."""
+        """True if the next token is known, or the largest logit, apart from ends that are banned."""
+        return isinstance(self.search, TextSearch) and self.search.takes_argmax
+
+    @property
+    def known_token(self) -> int | None:
+        """The newest unread token, if it is one that the text takes again, whatever was selected."""
         search = self.search
-        return isinstance(search, TextSearch) and search.takes_argmax and not search.repeats
+        assert isinstance(search, TextSearch), "beams are read at once"
+        return search.known_token(len(search.token_ids) + self.num_unread - 1)
 
     @property
     def end_is_banned(self) -> bool:

@@ -76,7 +76,11 @@ class TextSearch:
     @property
     def repeats(self) -> bool:
         """True if the next token is known, whatever is selected."""
-        return len(self.token_ids) < len(self._known)
+        return self.known_token(len(self.token_ids)) is not None
+
+    def known_token(self, position: int) -> int | None:
+        """Return the token that the text takes again at a position; None if it is a new one."""
+        return self._known[position][0] if position < len(self._known) else None
 
     def tokens(self) -> list[int]:
         """Return the newest token of the slot."""

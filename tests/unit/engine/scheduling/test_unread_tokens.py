@@ -182,6 +182,21 @@ def test_a_text_that_begins_again_keeps_the_tokens_that_its_caller_has_seen(mode
     assert low.future.result().completions[0].token_logprobs == pytest.approx([-0.3133] * 4, abs=1e-4)
 
 
+def test_steps_are_queued_ahead_while_a_text_takes_its_tokens_again(scheduler, model) -> None:
+    """Known tokens need no reading, and the texts next to it must not wait for it."""
+    said: list[tuple[int, ...]] = []
+    low = add(scheduler, 5, low_priority=True, on_token=lambda ids: said.append(tuple(ids)))
+    while len(said) < 3:
+        scheduler.step()
+    add(scheduler, 1, 1)
+    while scheduler.has_work:
+        scheduler.step()
+    assert scheduler.counters.num_preempted == 1 and len(text_of(low)) == 5
+    again = model.said[len(model.said) - model.said[::-1].index("prefill 1") - 1 :]
+    known, unknown = "decode [1]", "decode [-1]"
+    assert again == ["prefill 1", known, "read", known, "read", known, "read", unknown, "read", "read"]
+
+
 def test_a_text_that_has_ended_waits_for_the_others_of_its_request(scheduler, model) -> None:
     request = add(scheduler, 9, 4)
     scheduler.step()
