@@ -85,5 +85,5 @@ def _require_values(config: Blip2Config, path: Path) -> None:
         fits = heads > 0 and width % heads == 0
         require(fits, f"{name}.num_attention_heads", f"a divisor of hidden_size ({width})")
     for name in activations:
-        rule, advice = f"one of {', '.join(sorted(ACTIVATIONS))}", "models with another are not supported"
+        rule, advice = f"one of {', '.join(sorted(ACTIVATIONS))}", "no other activation is supported"
         require(attrgetter(name)(config) in ACTIVATIONS, name, rule, advice)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
 from blip2_actor.status import Status
+
+logger = logging.getLogger(__name__)
 
 RowT = TypeVar("RowT")
 ResultT = TypeVar("ResultT")
@@ -27,6 +30,7 @@ def or_refusal(
     try:
         return prepare(*args, **kwargs)
     except ValueError as error:
+        logger.debug("a row is refused", exc_info=True)
         status = error.status if isinstance(error, RequestRefused) else Status.REFUSED
         return RequestRefused(status, str(error))  # a new one: the traceback of the other keeps the model
 

@@ -84,7 +84,8 @@ class QFormerLayer(nn.Module):
         if num_queries == 0:
             return self.text_mlp(hidden)
         queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
-        if image_kv is not None:
+        if self.reads_image:
+            assert image_kv is not None, "queries need an image"
             query, (key, value) = split_heads(self.cross_query(queries), self.num_heads), image_kv
             recorder.attention(f"{name}.cross_attention", query, key)
             context = attend(query, key, value)

@@ -165,7 +165,7 @@ def quantize(
         choice=choice,
         instructions=instructions(device),
         num_layers={part: num_quantized[part] for part in num_eligible},
-        num_eligible=num_eligible,
+        num_eligible=dict(num_eligible),
         too_different=tuple(too_different),
         logits_error=_logits_error(found, expected),
     )

@@ -7,7 +7,6 @@ ones for comparison with transformers, and larger ones for measuring speed.
 Names are imported when they are first used, so that a worker with a fake engine imports no torch.
 """
 
-# ruff: noqa: F401 -- the imports tell type checkers what `__getattr__` returns.
 from __future__ import annotations
 
 from importlib import import_module
@@ -31,6 +30,29 @@ if TYPE_CHECKING:
     from blip2_actor.testing.tiny_retrieval import save_tiny_retrieval_checkpoint
     from blip2_actor.testing.tokenizer import byte_tokenizer
 
+__all__ = [
+    "DeviceFault",
+    "EOS_TOKEN_ID",
+    "FakeEngine",
+    "FakeEngineConfig",
+    "IMAGE_SIZE_PX",
+    "IMAGE_TOKEN_ID",
+    "NUM_QUERIES",
+    "byte_tokenizer",
+    "captions_made",
+    "fake_caption",
+    "fake_features",
+    "fake_score",
+    "random_config",
+    "random_images",
+    "randomize_weights",
+    "save_random_checkpoint",
+    "save_tiny_checkpoint",
+    "save_tiny_retrieval_checkpoint",
+    "tiny_config",
+    "tiny_tokenizer",
+]
+
 _MODULES = {
     "fake_answers": ("fake_caption", "fake_features", "fake_score"),
     "fake_engine": ("DeviceFault", "FakeEngine", "FakeEngineConfig", "captions_made"),
@@ -50,7 +72,6 @@ _MODULES = {
     "tokenizer": ("byte_tokenizer",),
 }
 """Each module of this package and the names that it gives."""
-__all__ = sorted(name for names in _MODULES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:

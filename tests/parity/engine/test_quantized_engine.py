@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +60,7 @@ def test_every_chosen_layer_is_quantized_and_its_plain_weight_is_gone(engines) -
     assert plain.quantization is None
     chosen = ["language_model"] if record.choice.method == "int8-weights" else PARTS
     assert sum(record.num_layers.values()) > 0.9 * sum(record.num_eligible[part] for part in chosen)
+    assert json.loads(json.dumps(asdict(record)))["num_eligible"] == record.num_eligible, "for results"
     layers = {n: m for n, m in quantized.model.named_modules() if isinstance(m, Linear)}
     left = {name for name, layer in layers.items() if layer.quantized is None}
     never = {"vision.patch_embedding", "language_model.lm_head", *record.too_different}
