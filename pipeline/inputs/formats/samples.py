@@ -101,6 +101,7 @@ class SampleReader:
         self._keys = SeenKeys()
         self._link_targets = LinkTargets()
         self._opened: tuple[tarfile.TarInfo, io.BufferedReader[Any]] | None = None
+        """The last member that was looked at, not read yet: a compressed tar cannot be read back."""
         self.num_rows = 0
         self.misplaced: str | None = None
         """What is wrong if a kept member is not next to its sample, as one sentence."""
@@ -169,17 +170,14 @@ class SampleReader:
             found = _NAME.fullmatch(member.name)
             return (found[1], found[2].lower()) if found else (None, "")
         is_looked_at = self._takes_all_images and member.isreg()
-        if is_looked_at and looks_like_image(self._open(member, archive).peek(HEAD_BYTES)):
-            return member.name, BY_CONTENT
+        if is_looked_at:
+            content = cast("io.BufferedReader[Any]", archive.extractfile(member))
+            self._opened = member, content
+            if looks_like_image(content.peek(HEAD_BYTES)):
+                return member.name, BY_CONTENT
         self._first_left_out = self._first_left_out or member.name
         self._num_left_out += 1
         return None, ""
-
-    def _open(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> io.BufferedReader[Any]:
-        """Open a regular member once: to go back, a compressed tar is read from its beginning."""
-        if self._opened is None or self._opened[0] is not member:
-            self._opened = member, cast("io.BufferedReader[Any]", archive.extractfile(member))
-        return self._opened[1]
 
     def _drop_last_member(self, sample: Sample) -> None:
         """Forget the last member of a sample, whose content is not whole."""
@@ -247,7 +245,10 @@ class SampleReader:
         if not found.isreg():
             error = f"{member.name} is a link or device, which is not followed inside a tar"
             return None, Status.UNREADABLE, error
-        return self._open(found, archive).read(), None, None
+        opened, self._opened = self._opened, None
+        if opened is not None and opened[0] is found:
+            return opened[1].read(), None, None
+        return cast("io.BufferedReader[Any]", archive.extractfile(found)).read(), None, None
 
     def _is_image(self, sample: Sample, extension: str) -> bool:
         """Return whether the next member of a sample is an image that makes a row."""

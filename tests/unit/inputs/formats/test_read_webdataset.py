@@ -194,6 +194,35 @@ def test_a_hard_link_is_the_image_that_it_repeats(tmp_path):
     assert "--hard-dereference" in rows[1]["error"] and report.complete
 
 
+def test_neighboring_links_to_one_file_all_have_its_content(tmp_path):
+    """The second link was read where the first had ended: it was empty, and its row had no image."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, target in (
+            ("a.png", ""),
+            ("a.txt", ""),
+            ("b.png", "a.png"),
+            ("c.png", "a.png"),
+            ("d.png", "a.png"),
+            ("d.txt", "a.txt"),
+            ("e.txt", "a.txt"),
+            ("e.png", "a.png"),
+        ):
+            member = tarfile.TarInfo(name)
+            if target:
+                member.type, member.linkname = tarfile.LNKTYPE, target
+            else:
+                member.size = len(name)
+            tar.addfile(member, io.BytesIO(name.encode()))
+    shard = write_tar_shard(tmp_path, file.getvalue())
+    rows, report = read_rows(shard, keep=("txt",))
+    assert summary(rows) == [(row, key, b"a.png", None) for row, key in enumerate("abcde")]
+    assert [row["txt"] for row in rows] == ["a.txt", None, None, "a.txt", "a.txt"]
+    assert report.complete and report.num_rows == 5
+    again, _ = read_rows(shard, missing=((2, None),), keep=("txt",))
+    assert again == rows[2:]
+
+
 def test_a_sample_without_an_image_is_a_row_with_a_status(tmp_path):
     rows, report = read_rows(
         tar_shard_of(tmp_path, ("1.jpg", b"x"), ("2.txt", b"t"), ("2.json", b"{}"), ("3.jpg", b"y"))
