@@ -11,8 +11,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow.compute as pc
-
 from blip2_actor import Status
 from pipeline.errors import InputError
 from pipeline.fetching.images_of_rows import images_of_output
@@ -65,12 +63,21 @@ class ImageRows:
                     yield row, found.image
 
     def _ok_rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the rows that are ok: an image that failed might take long to fail again."""
-        for table in tables_of(self.found.folder, self.shard.name, columns):
-            yield from rows_in([table.filter(pc.equal(table["status"], Status.OK.value))])
+        """Yield the rows that are ok: an image that failed might take long to fail again.
+
+        Arrow cannot filter tables with kept columns of view types, such as `string_view`.
+        """
+        for row in rows_in(tables_of(self.found.folder, self.shard.name, columns)):
+            if row["status"] == Status.OK.value:
+                yield row
 
 
 def extension_of(name: str, image: bytes) -> str:
     """Return the ending for an image's file: that of its name in the input, else by its first bytes."""
     ending = name.rpartition(".")[2].lower()
-    return ending if ending in IMAGE_EXTENSIONS else extension_by_content(image) or "jpg"
+    if ending in IMAGE_EXTENSIONS:
+        return ending
+    if found := extension_by_content(image):
+        return found
+    # It has been decoded: Pillow takes a BMP whatever its reserved bytes are, and other brands of HEIF.
+    return "heic" if image[4:8] == b"ftyp" else "bmp" if image[:2] == b"BM" else "jpg"

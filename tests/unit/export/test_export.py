@@ -219,6 +219,16 @@ def test_an_image_without_an_ending_gets_that_of_its_content(format, ending):
     assert extension_of("17", file.getvalue()) == ending
 
 
+def test_an_image_that_was_decoded_has_an_ending_though_few_others_have_its_first_bytes():
+    """A BMP with something in its reserved bytes was exported as .jpg."""
+    Image.new("RGB", (64, 64), "red").save(file := io.BytesIO(), "BMP")
+    odd = file.getvalue()[:6] + b"\1\2\3\4" + file.getvalue()[10:]
+    assert Image.open(io.BytesIO(odd)).size == (64, 64)
+    assert extension_of("17", odd) == "bmp"
+    assert extension_of("17", b"\0\0\0\x18ftypmiaf\0\0\0\0") == "heic"
+    assert extension_of("17", b"P6 1 1 255 abc") == "jpg"
+
+
 def test_no_two_samples_of_a_tar_have_one_key(tmp_path):
     """The number that told a.jpg from a.png made it a_1, which was the key of the next."""
     (tmp_path / "in").mkdir()
@@ -275,6 +285,23 @@ def test_images_of_folders_and_tables(tmp_path, monkeypatch, kind):
     samples = read_webdataset(into / tar)
     assert [(sample["__key__"], sample["png"]) for sample in samples] == [("0_v2", png(0)), ("2_v2", png(2))]
     assert [json.loads(sample["json"])["key"] for sample in samples] == ["0.v2.png", "2.v2.png"]
+
+
+@pytest.mark.parametrize("to", ["imagefolder", "webdataset"])
+def test_kept_columns_of_view_types(tmp_path, to):
+    """Arrow cannot filter them: the export ended in its middle."""
+    write_tars(tmp_path / "in", 1, 3)
+    write_run(tmp_path / "in", tmp_path / "out", failed=(1,))
+    (path,) = (tmp_path / "out").rglob("*.parquet")
+    kept = pa.array(["a", "b", "c"], pa.string_view())
+    pq.write_table(pq.read_table(path).append_column("kept", kept), path)
+    into = exported(tmp_path / "out", to, tmp_path / "made")
+    if to == "webdataset":
+        (tar,) = into.rglob("*.tar")
+        made = [json.loads(sample["json"]) for sample in read_webdataset(tar)]
+    else:
+        made = [json.loads(line) for line in (into / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["kept"]) for row in made] == [(0, "a"), (2, "c")]
 
 
 @pytest.mark.parametrize("to", ["jsonl", "imagefolder", "webdataset"])
