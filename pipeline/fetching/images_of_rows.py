@@ -12,7 +12,7 @@ from pipeline.fetching.image_loader import ImageLoader
 from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ADDRESS, PROMPT, ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
-from pipeline.rowset import ranges_of
+from pipeline.rowset import RowSet, ranges_of
 
 READ = ("row", "image", "error", PROMPT)
 
@@ -66,7 +66,7 @@ def images_of_output(
     """Yield rows of an output, each with its image, which is read again from the input.
 
     The input may have changed since the run: an image without the SHA-256 digest that its row stores is left
-    out, and the error says so.
+    out, and the error says so. A row that comes twice has its image twice; one that comes too late has none.
 
     Args:
         shard: the shard of the rows.
@@ -78,12 +78,17 @@ def images_of_output(
     Raises:
         InputError, OSError, pa.ArrowException: the input cannot be read.
     """
-    work = ShardWork(shard=shard, missing=tuple(ranges_of(numbers)))
+    work = ShardWork(shard=shard, missing=tuple(RowSet(ranges_of(numbers))))
+    image: RowImage | None = None
     with closing(read_images(work, options, settings)) as images:
         for row in rows:
             number = row["row"]
-            ended = RowImage(number, None, "the input ends before it", None)
-            found = next((image for image in images if image.row == number), ended)
+            while (image is None or image.row < number) and (following := next(images, None)):
+                image = following
+            if image is not None and image.row == number:
+                found = image
+            else:
+                found = RowImage(number, None, "the input ends before it", None)
             if found.image is None:
                 found = found._replace(error=f"the image can no longer be read: {found.error}")
             elif hashlib.sha256(found.image).digest() != row["sha256"]:
