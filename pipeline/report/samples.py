@@ -27,25 +27,37 @@ MAX_KEYS = 1_000_000
 
 
 class Smallest:
-    """Keeps the rows with the smallest scores."""
+    """Keeps the rows with the smallest scores; of equal scores, those with the smallest numbers.
+
+    At most twice as many rows are held, so that a large number of them is seldom sorted.
+    """
 
     def __init__(self, size: int, dtype: type[np.number] = np.float64) -> None:
         self._size = size
-        self._scores = np.empty(0, dtype)
-        self._rows = np.empty(0, np.int64)
+        self._scores: list[np.ndarray] = [np.empty(0, dtype)]
+        self._rows: list[np.ndarray] = [np.empty(0, np.int64)]
+        self._limit: np.number | None = None
+        """The largest score that was kept the last time that there were too many."""
+        self._num_held = 0
 
     def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
         """Add scores: number[n] of rows: int64[n]."""
-        self._scores = np.concatenate([self._scores, scores])
-        self._rows = np.concatenate([self._rows, rows])
-        if len(self._rows) > self._size:
-            kept = np.argpartition(self._scores, self._size)[: self._size]
-            self._scores, self._rows = self._scores[kept], self._rows[kept]
+        if self._limit is not None:
+            may_enter = scores <= self._limit
+            scores, rows = scores[may_enter], rows[may_enter]
+        if len(rows):
+            self._scores.append(scores)
+            self._rows.append(rows)
+            self._num_held += len(rows)
+        if self._num_held > 2 * self._size:
+            self._limit = self.sorted()[0][-1]
 
     def sorted(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the scores and the rows, the smallest score first."""
-        order = np.lexsort((self._rows, self._scores))
-        return self._scores[order], self._rows[order]
+        scores, rows = np.concatenate(self._scores), np.concatenate(self._rows)
+        kept = np.lexsort((rows, scores))[: self._size]
+        self._scores, self._rows, self._num_held = [scores[kept]], [rows[kept]], len(kept)
+        return self._scores[0], self._rows[0]
 
 
 class NearDuplicates:
