@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +34,7 @@ class SampledRow:
     """One row with what it was made from."""
 
     name: str
-    """For people: shard, number and key; the shard alone if none of its rows can be read any more."""
+    """For people: shard, number and key."""
     columns: Mapping[str, Any]
     image: bytes | None = None
     """The encoded image; None if it is no longer there."""
@@ -83,12 +84,16 @@ def _ok_rows(folder: Folder, shard: Shard, positions: list[int]) -> Iterator[dic
 def _with_images(
     shard: Shard, rows: list[dict[str, Any]], options: ReadOptions, settings: CaptionSettings
 ) -> Iterator[SampledRow]:
+    rows = sorted(rows, key=itemgetter("row"))
+    names = [f"{shard.name} row {row['row']} ({row['key']})" for row in rows]
     images = images_of_output(shard, [row["row"] for row in rows], rows, options, settings.fetching)
+    num_read = 0
     try:
         with closing(images):
             for row, found in images:
                 prompt = settings.prompt if options.prompt_column is None else found.prompt
-                name = f"{shard.name} row {row['row']} ({row['key']})"
-                yield SampledRow(name, row, found.image, prompt, found.error)
+                num_read += 1
+                yield SampledRow(names[num_read - 1], row, found.image, prompt, found.error)
     except (InputError, OSError, pa.ArrowException) as error:
-        yield SampledRow(shard.name, {}, problem=f"its images cannot be read: {error}")
+        for name, row in zip(names[num_read:], rows[num_read:], strict=True):
+            yield SampledRow(name, row, problem=f"its image cannot be read: {error}")
