@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from operator import itemgetter
@@ -19,7 +19,7 @@ from PIL import Image
 
 from blip2_actor import DecodePool
 from pipeline.errors import InputError
-from pipeline.fetching.images_of_rows import images_of_output
+from pipeline.fetching.images_of_rows import RowImage, images_of_output
 from pipeline.ledger.run_record import Run
 from pipeline.page.render import MAX_IMAGE_BYTES
 from pipeline.settings.from_dict import from_dict
@@ -54,8 +54,8 @@ def thumbnails_of_run(run: Run, rows: Sequence[Mapping[str, Any]], number: int) 
             of_shard.sort(key=itemgetter("row"))
             numbers = [row["row"] for row in of_shard]
             images = images_of_output(shards[shard], numbers, of_shard, options, settings.fetching)
-            with closing(images), suppress(InputError, OSError, pa.ArrowException):
-                for row, found in images:
+            with closing(_as_far_as_readable(images)) as readable:
+                for row, found in readable:
                     jpeg = _thumbnail(pool, found.image, row)
                     num_bytes += len(jpeg)
                     if num_bytes > MAX_IMAGE_BYTES:
@@ -63,6 +63,14 @@ def thumbnails_of_run(run: Run, rows: Sequence[Mapping[str, Any]], number: int) 
                     if jpeg:
                         made[shard, row["row"]] = jpeg
     return made
+
+
+def _as_far_as_readable(
+    images: Generator[tuple[Mapping[str, Any], RowImage], None, None],
+) -> Generator[tuple[Mapping[str, Any], RowImage], None, None]:
+    """Stop where the input cannot be read."""
+    with closing(images), suppress(InputError, OSError, pa.ArrowException):
+        yield from images
 
 
 def _thumbnail(pool: DecodePool, image: bytes | None, row: Mapping[str, Any]) -> bytes:

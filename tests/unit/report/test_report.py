@@ -160,6 +160,18 @@ def test_a_row_has_a_thumbnail_only_if_its_image_is_unchanged(tmp_path):
     assert make_report(folder.uri, 24).thumbnails == {}
 
 
+def test_an_error_of_decoding_thumbnails_is_not_one_of_the_input(tmp_path, monkeypatch):
+    """The page lacked the thumbnails without a word."""
+
+    def fail(*_: Any) -> Any:
+        raise OSError("no processes are left")
+
+    folder = write_run(tmp_path, num_tars=1, rows_per_tar=4)
+    monkeypatch.setattr(DecodePool, "decode", fail)
+    with pytest.raises(OSError, match="no processes are left"):
+        make_report(folder.uri, 4)
+
+
 def test_the_command_prints_the_summary_and_writes_the_page(folder, tmp_path, capsys):
     html = tmp_path / "report.html"
     assert main(["report", "--output", folder.uri, "--html", str(html)]) == 0
