@@ -69,7 +69,7 @@ class ReadOptions:
     table_rows: int = 512
     """Maximum number of rows in one table."""
     table_bytes: int = 16 << 20
-    """A table ends as soon as its images have this many bytes."""
+    """A table ends as soon as its values have about this many bytes."""
     schema_version: int = SCHEMA_VERSION
     """Version of the row contract that the rows follow: that of the run."""
 

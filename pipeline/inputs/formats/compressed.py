@@ -14,6 +14,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 READ_BYTES = 64 << 10
+"""Bytes of a stream that are decompressed at once: damage costs the others of its read."""
 XZ_MAGIC = b"\xfd7zXZ\x00"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 RLE_BLOCK = 1
@@ -21,7 +22,10 @@ RLE_BLOCK = 1
 
 
 class PartsStream(io.RawIOBase):
-    """A stream whose bytes come in parts. It can be read, and skipped forward."""
+    """A stream whose bytes come in parts. It can be read, and skipped forward.
+
+    After an error of the parts, nothing may be read any more: it would look like the end.
+    """
 
     def __init__(self, parts: Iterator[bytes]) -> None:
         self._parts = parts

@@ -19,6 +19,7 @@ from typing import IO, Any, cast
 
 from pipeline.errors import InputError
 from pipeline.inputs.formats.compressed import (
+    READ_BYTES,
     XZ_MAGIC,
     PartsStream,
     decompress_xz,
@@ -30,8 +31,6 @@ from pipeline.storage.retrying_file import open_below
 
 BUFFER_BYTES = 4 << 20
 """Read-ahead: bytes per request to an object store, which answers after tens of milliseconds."""
-DECOMPRESSED_BYTES = 64 << 10
-"""Bytes of a zstd or xz stream that are decompressed at once: damage costs the others of its read."""
 MAX_PADDING_BYTES = 1 << 20
 """Tars are padded with zeros to 10 KiB, or to a tape's block. More zeros are a file that was never filled."""
 
@@ -77,7 +76,7 @@ def _decompress(file: io.BufferedReader[io.RawIOBase]) -> IO[bytes]:
 
 
 def _buffered(content: Iterator[bytes]) -> io.BufferedReader[Any]:
-    return io.BufferedReader(PartsStream(content), DECOMPRESSED_BYTES)
+    return io.BufferedReader(PartsStream(content), READ_BYTES)
 
 
 def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
