@@ -19,7 +19,7 @@ from pipeline.ledger.scan import ShardProgress
 from pipeline.metrics import SHARDS, label_with_run
 from pipeline.placement.reservations import Reservations
 from pipeline.progress import Console, ProgressSnapshot, Rate
-from pipeline.run.bottleneck import Existences, busy_fractions
+from pipeline.run.bottleneck import Existences, busy_fractions, describe_run
 from pipeline.run.cluster import log_folder
 from pipeline.run.committers import Committers
 from pipeline.run.failure import describe_failure, end_named_by
@@ -135,6 +135,7 @@ class Driver:
                     f"the job has failed: {describe_failure(error)}; finished work is kept; fix the cause "
                     "and run the same command to resume"
                 ) from error
+        self._console.say(describe_run(self._loads, self._rate.steady_s, ray.cluster_resources()))
         self._console.say_repeated()
 
     def _step(self, stream: ReceiptStream) -> None:

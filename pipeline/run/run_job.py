@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from blip2_actor import DecodePool
-from pipeline.attempts.attempt import Attempts
 from pipeline.attempts.recorder import AttemptRecorder, recorded
 from pipeline.errors import Stopped
 from pipeline.ledger.lease import Lease
@@ -23,7 +22,7 @@ from pipeline.placement.reservations import fit, reserve
 from pipeline.placement.storage_check import check_storage
 from pipeline.progress import LOG_EVERY_S, Console, count
 from pipeline.report.models import demo_warning
-from pipeline.report.pace import total_line, verdict
+from pipeline.report.pace import total_line
 from pipeline.run.cluster import connected
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
@@ -93,9 +92,6 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
         shards = f"shards{_of_slice(job)}"
         attempt.end(status, f"{shards} are missing" if done.missing else f"all {shards} are finished")
-        this = Attempts(attempt.all.all[-1:])
-        if this.rows:
-            console.say(verdict(this))
         return done
 
 
