@@ -37,7 +37,7 @@ from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import DecodeStage
-from pipeline.stages.fragment_writer import FRAGMENT_ROWS
+from pipeline.stages.fragment_writer import FRAGMENT_BYTES, FRAGMENT_ROWS
 from pipeline.stages.output_rows import output_columns
 from pipeline.storage.folder import ASIDE, Folder
 
@@ -93,7 +93,7 @@ def measure_stage_costs(
     with _plan_folder(settings.output) as folder:
         _write(folder, rows)
         row_bytes, file_bytes = _written_bytes(folder, len(rows))
-        write_cost = _write_cost(folder, rows, min(FRAGMENT_ROWS, rows_per_shard))
+        write_cost = _write_cost(folder, rows, min(rows_per_shard, _rows_of_fragment(rows)))
     costs = {"read": sample.cost, "decode": decode_cost, "caption": captioned.cost, "write": write_cost}
     return StageCosts(rows, costs, captioned.start.wall_s, row_bytes, file_bytes, effect)
 
@@ -168,6 +168,12 @@ def _written_bytes(folder: Folder, num_rows: int) -> tuple[float, int]:
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     row_bytes = sum(g.column(c).total_compressed_size for g in groups for c in range(g.num_columns))
     return row_bytes / num_rows, len(content) - row_bytes
+
+
+def _rows_of_fragment(rows: pa.Table) -> int:
+    """Return how many such rows the job writes in one fragment."""
+    num_fitting = FRAGMENT_BYTES * len(rows) // max(1, rows.nbytes)
+    return min(FRAGMENT_ROWS, max(1, num_fitting))
 
 
 def _write_cost(folder: Folder, rows: pa.Table, num_rows: int) -> Cost:

@@ -195,6 +195,24 @@ def test_the_cost_of_opening_a_file_is_not_shared_by_the_sampled_rows_alone(monk
     assert taken.cost.wall_s == pytest.approx(1 / 64 + 0.001, rel=0.05)
 
 
+def test_a_fragment_of_large_rows_has_fewer_of_them(tmp_path, monkeypatch):
+    """With kept images of 5 MB, 512 rows had no room in an array, and the plan failed."""
+    written = []
+    write = stage_costs.write_fragment
+
+    def note(folder, rows):
+        written.append(rows)
+        return write(folder, rows)
+
+    monkeypatch.setattr(stage_costs, "write_fragment", note)
+    monkeypatch.setattr(stage_costs, "FRAGMENT_BYTES", 4096)
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=600)
+    make_plan(settings(tmp_path / "in", sample=8), FakeEngineConfig())
+    assert 1 <= len(written[-1]) < 100
+    monkeypatch.setattr(stage_costs, "FRAGMENT_BYTES", 1)
+    assert stage_costs._rows_of_fragment(written[-1]) == 1
+
+
 def test_the_cost_of_a_file_is_shared_by_the_rows_of_a_fragment_and_not_of_the_sample(tmp_path, monkeypatch):
     """With a slow store, writing was eight times too slow, and then the bottleneck."""
     commit = stage_costs.commit_shard
