@@ -31,16 +31,18 @@ MAX_SPARE_FILES = 8
 """With more files of summaries than this beyond those that are needed, all are written again."""
 
 
-def keep_summaries(folder: Folder, summaries: Iterable[Summary]) -> None:
-    """Store summaries of shards whose files have just been written.
+def keep_summaries(folder: Folder, summaries: Iterable[Summary]) -> list[str]:
+    """Store summaries of shards whose files have just been written; return the names of the new files.
 
     Args:
         summaries: as `commit_shard` has returned them.
     """
-    rest = iter(summaries)
+    rest, names = iter(summaries), []
     while some := list(islice(rest, SUMMARIES_PER_FILE)):
         content = json.dumps([asdict(summary) for summary in some], separators=(",", ":")).encode()
-        folder.put(f"{SUMMARIES}/{uuid.uuid4().hex}.json.gz", gzip.compress(content, compresslevel=3))
+        names.append(f"{SUMMARIES}/{uuid.uuid4().hex}.json.gz")
+        folder.put(names[-1], gzip.compress(content, compresslevel=3))
+    return names
 
 
 def load_summaries(

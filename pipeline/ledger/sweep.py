@@ -19,6 +19,7 @@ from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.retry import report_of
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState, unfinished
+from pipeline.ledger.summaries import keep_summaries
 from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder
 
@@ -57,7 +58,7 @@ def sweep(
             reports.append(report)
     with ThreadPoolExecutor(MAX_CONCURRENT_COMMITS) as pool:
         committed = [summary for summary in pool.map(commit, reports) if summary is not None]
-    return _after_commits(folder, state, committed)
+    return _after_commits(folder, state, committed, keep_summaries(folder, committed))
 
 
 def _move_old_reports(folder: Folder, state: OutputState, shards: Set[str]) -> OutputState:
@@ -88,8 +89,14 @@ def _report_of_finished(folder: Folder, state: OutputState, shard: str) -> Shard
     return None if is_said and shard not in state.fragments else report
 
 
-def _after_commits(folder: Folder, state: OutputState, committed: Sequence[Summary]) -> OutputState:
-    """Return what a listing would show after some shards were committed."""
+def _after_commits(
+    folder: Folder, state: OutputState, committed: Sequence[Summary], kept_in: Sequence[str]
+) -> OutputState:
+    """Return what a listing would show after some shards were committed.
+
+    Args:
+        kept_in: names of the files in which their summaries are kept.
+    """
     names = {summary.shard for summary in committed}
     fragments = {shard: found for shard, found in state.fragments.items() if shard not in names}
     reports = {shard: name for shard, name in state.shard_reports.items() if shard not in names}
@@ -100,7 +107,14 @@ def _after_commits(folder: Folder, state: OutputState, committed: Sequence[Summa
             reports |= {summary.shard: left.report} if left.report else {}
     files = at_once(folder.file, [output_name(summary.shard) for summary in committed])
     written = {s.shard: file for s, file in zip(committed, files, strict=True) if file is not None}
-    return replace(state, fragments=fragments, shard_reports=reports, written={**state.written, **written})
+    kept = tuple(file for file in at_once(folder.file, kept_in) if file is not None)
+    return replace(
+        state,
+        fragments=fragments,
+        shard_reports=reports,
+        written={**state.written, **written},
+        summaries=(*state.summaries, *kept),
+    )
 
 
 def drop_markers(folder: Folder, state: OutputState, done: Reconciliation) -> None:

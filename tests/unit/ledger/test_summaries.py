@@ -62,6 +62,18 @@ def test_kept_summaries_say_what_the_footers_say_and_no_footer_is_opened(ledger,
     assert (done.num_rows, done.by_status) == (9, {"ok": 9})
 
 
+@pytest.mark.parametrize("is_slice", [True, False])
+def test_a_sweep_keeps_the_summaries_of_what_it_commits(ledger, opened, is_slice):
+    """Nobody keeps them later for the driver of a slice, and each later start opened these footers again."""
+    for name in NAMES:
+        ledger.write_fragment(rows(range(3), shard=name))
+        ledger.store_shard_report(ShardReport(shard=name, num_rows=3, complete=True))
+    state = ledger.sweep(RUN, ledger.scan(), {}, is_slice=is_slice)
+    for seen in (state, ledger.scan()):
+        assert ledger.reconcile(RUN, seen).num_rows == 9
+        assert (opened, len(seen.summaries)) == ([], 1)
+
+
 def test_a_file_that_was_written_since_is_opened(ledger, opened):
     ledger.keep_summaries([commit(ledger, name) for name in NAMES])
     commit(ledger, "b.tar", range(40))

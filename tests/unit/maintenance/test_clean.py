@@ -83,6 +83,7 @@ def test_what_is_of_no_use_is_deleted_and_a_retry_goes_on_with_the_rest(folder, 
         "plan-new",
         "run.json",
         "shards.jsonl.gz",
+        "summaries",
     ]
     assert pq.read_table(folder.path(TAR)).equals(table)
     retry(tmp_path)
