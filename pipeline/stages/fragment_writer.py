@@ -95,10 +95,16 @@ class FragmentWriter:
             OSError: the output cannot be written.
         """
         parts = sorted(split_by_shard(rows), key=len, reverse=True)  # The largest is the first to go.
-        for batch in [self._add(part) for part in parts]:
-            if self._take_when_due(batch):
-                self._write(batch)
-            batch.written.result()
+        batches = [self._add(part) for part in parts]
+        try:
+            for batch in batches:
+                if self._take_when_due(batch):
+                    self._write(batch)
+                batch.written.result()
+        except BaseException:
+            for batch, part in zip(batches, parts, strict=True):
+                self._take_back(batch, part)
+            raise
 
     def _add(self, rows: pa.Table) -> _Batch:
         with self._changed:
@@ -111,6 +117,18 @@ class FragmentWriter:
             self.num_held += len(rows)
             self._changed.notify_all()
             return batch
+
+    def _take_back(self, batch: _Batch, rows: pa.Table) -> None:
+        """Take rows out of a batch that nobody writes yet, because their call has failed."""
+        with self._changed:
+            if self._open.get(batch.shard) is not batch:
+                return
+            batch.tables = [table for table in batch.tables if table is not rows]
+            batch.num_bytes -= rows.nbytes
+            self.num_held -= len(rows)
+            if not batch.tables:
+                del self._open[batch.shard]
+            self._changed.notify_all()
 
     def _take_when_due(self, batch: _Batch) -> bool:
         """Wait until a batch is due; return whether this call must write it."""
@@ -138,17 +156,19 @@ class FragmentWriter:
     def _write(self, batch: _Batch) -> None:
         started = time.monotonic()
         try:
-            for table in _joined(batch.tables):
-                for rows in _split_by_size(table):
-                    self._ledger.write_fragment(rows)
-                    FRAGMENTS.inc()
+            try:
+                for table in _joined(batch.tables):
+                    for rows in _split_by_size(table):
+                        self._ledger.write_fragment(rows)
+                        FRAGMENTS.inc()
+            finally:
+                with self._changed:
+                    self.busy_s += time.monotonic() - started
+                    self.num_held -= batch.num_rows
         except BaseException as error:  # Raised by each call that has rows in it.
             batch.written.set_exception(error)
         else:
             batch.written.set_result(None)
-        with self._changed:
-            self.busy_s += time.monotonic() - started
-            self.num_held -= batch.num_rows
 
 
 def _joined(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:

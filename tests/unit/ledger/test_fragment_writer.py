@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -79,6 +79,40 @@ def test_large_rows_do_not_wait_and_are_several_fragments(folder, monkeypatch):
         writer.write(large)
     fragments = list_shard_files(folder, "a/0.tar", 0).fragments
     assert sorted((f.first, f.last) for f in fragments) == [(n, n + 3) for n in range(0, 16, 4)]
+
+
+def test_rows_that_a_failed_call_does_not_write_are_held_no_longer(folder, monkeypatch):
+    """They were counted for good, and the "store" lines spoke of rows that nobody held."""
+    writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
+
+    def fail(*_: object) -> None:
+        raise OSError("full")
+
+    with monkeypatch.context() as patch, writer.call():
+        patch.setattr(Ledger, "write_fragment", fail)
+        with pytest.raises(OSError, match="full"):
+            writer.write(pa.concat_tables([rows(range(2), shard="a"), rows(range(1), shard="b")]))
+        assert writer.num_held == 0
+    with writer.call():
+        writer.write(rows(range(5, 6), shard="b"))
+    (fragment,) = list_shard_files(folder, "b", 0).fragments
+    assert (fragment.first, fragment.count, writer.num_held) == (5, 1, 0)
+
+
+def test_counts_are_right_when_a_call_hears_that_its_rows_are_written(folder):
+    writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
+    seen = []
+
+    class Watched(Future):
+        def set_result(self, result):
+            seen.append((writer.num_held, writer.busy_s > 0))
+            super().set_result(result)
+
+    with writer.call():
+        batch = writer._add(rows(range(3)))
+        batch.written = Watched()
+        writer._write(batch)
+    assert seen == [(0, True)]
 
 
 def test_rows_wait_for_a_slow_call_only_for_a_while(folder):
