@@ -67,11 +67,14 @@ def put_new(uri: str, filesystem: pafs.FileSystem, path: str, aside: str, conten
         return False
     try:
         store = fsspec_store(uri, filesystem)
-        if store is None:
-            return False
+    except ImportError:
+        return False
+    if store is None:
+        return False
+    try:
         with oserrors():
             store.pipe_file(path, content, mode="create")
-    except (ImportError, OSError, TypeError, NotImplementedError):
+    except (OSError, TypeError, NotImplementedError):
         return False  # There is one, or the store or its package does not know the condition.
     return True
 

@@ -164,3 +164,15 @@ def test_a_filesystem_that_replaces_no_file_is_no_output(is_told):
 def test_in_object_stores_a_file_is_there_when_its_upload_is_complete(uri, is_one):
     filesystem, _ = open_filesystem(uri)
     assert put.is_object_store(filesystem) is is_one
+
+
+def test_an_error_of_opening_a_store_is_not_that_there_is_a_file(monkeypatch):
+    """An option that the client does not know read as a file of another driver."""
+
+    def fail(*_: object) -> None:
+        raise TypeError("unknown option")
+
+    monkeypatch.setattr(put, "is_object_store", lambda _: True)
+    monkeypatch.setattr(put, "fsspec_store", fail)
+    with pytest.raises(TypeError, match="unknown option"):
+        folder_in(Store()).put_new("a", b"x")
