@@ -7,6 +7,7 @@ import tempfile
 import threading
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 MEMORY_BYTES = 64 << 20
 """What a process keeps in memory; all later bytes go to files."""
@@ -41,6 +42,10 @@ class UnnamedFile:
             parts.append(part)
             start, num_bytes = start + len(part), num_bytes - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, buffer: Any, start: int) -> int:
+        """Fill a buffer with bytes that were written, as far as there are any, and return how many."""
+        return os.preadv(self._descriptor, [buffer], start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +84,8 @@ class Spill:
                 return content
             try:
                 if self._file is None or self._file.num_bytes >= FILE_BYTES or os.getpid() != self._process:
-                    self._file, self._process = (
-                        UnnamedFile(),
-                        os.getpid(),
-                    )  # a forked child must not share a file
+                    self._file = UnnamedFile()
+                    self._process = os.getpid()  # a forked child must not share a file
                 start = self._file.append(content)
             except OSError:
                 return content

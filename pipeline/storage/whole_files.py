@@ -32,7 +32,8 @@ class WholeFile(io.RawIOBase):
     """One reader of a whole file; several share the file, each with a position of its own."""
 
     def __init__(self, file: UnnamedFile) -> None:
-        self._file, self.size = file, file.num_bytes
+        self._file: UnnamedFile | None = file
+        self.size = file.num_bytes
         self._position = 0
 
     def readable(self) -> bool:
@@ -50,10 +51,16 @@ class WholeFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        num_bytes = max(0, min(len(buffer), self.size - self._position))
-        buffer[:num_bytes] = self._file.read(self._position, num_bytes)
+        if self._file is None:
+            raise ValueError("this reader is closed")
+        num_bytes = self._file.read_into(buffer, self._position)
         self._position += num_bytes
         return num_bytes
+
+    def close(self) -> None:
+        """Let the file go: it takes room on the disk until its last reader is closed."""
+        self._file = None
+        super().close()
 
 
 class WholeFiles:

@@ -190,6 +190,9 @@ def test_whole_files_make_room_for_others(shard, monkeypatch):
     assert first.read() == second.read() == CONTENT
     first.close()
     assert len(kept._kept) == 1
+    assert first._file is None, "a closed reader takes no room on the disk"
+    with pytest.raises(ValueError, match="closed"):
+        first.read(1)
 
 
 def test_signed_urls_of_single_images_are_a_row_each(shard):
