@@ -62,6 +62,19 @@ def test_unknown_model(refused):
     assert "name a folder or use demo" in refused(FakeEngineConfig(model="unknown"))
 
 
+def test_unknown_model_folder(tmp_path, capsys):
+    """The real engine checks this."""
+    write_tar(tmp_path / "in" / "a.tar", {"x": png(0)})
+    settings = CaptionSettings(
+        input=(str(tmp_path / "in"),),
+        output=str(tmp_path / "out"),
+        engine=EngineConfig(model=str(tmp_path / "no-such-checkpoint")),
+    )
+    assert caption(settings) == 3
+    assert "no-such-checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_refused_job_of_a_cluster_says_so_in_its_output_and_claims_nothing(tmp_path, refused, monkeypatch):
     """A RayJob has a cluster for each try, and the log of a try goes with it."""
     folder = Folder(str(tmp_path / "out"))
