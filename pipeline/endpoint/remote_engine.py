@@ -234,7 +234,7 @@ class RemoteEngine:
             with closing(connection.outcomes(kind, body, len(wanted), self._outage.end)) as outcomes:
                 for found in outcomes:
                     if found is None and all(one.future.done() for one in wanted):
-                        return  # all are cancelled; the endpoint sees it by the closed connection
+                        return  # each is answered or cancelled; the endpoint sees it by the closed connection
                     if found is not None:
                         self._deliver(wanted[found[0]], found[1])
             if not all(one.future.done() for one in wanted):

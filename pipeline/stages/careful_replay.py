@@ -49,9 +49,10 @@ def replay(
 
 
 def steps(positions: Sequence[int], deaths_alone: Mapping[int, int]) -> Iterator[Sequence[int]]:
-    """Yield the positions that run together: `STEP_ROWS` of those that are not in `deaths_alone`.
+    """Yield the positions that run together.
 
-    The others run alone. Those that have died alone come last: another row may show that the device works.
+    Rows that run alone and have not died alone come first, then `STEP_ROWS` at a time those that are not in
+    `deaths_alone`. Rows that have died alone come last: another row may show that the device works.
     """
     yield from ([position] for position in positions if deaths_alone.get(position) == 0)
     together = [position for position in positions if position not in deaths_alone]
