@@ -223,7 +223,7 @@ class Service:
         self, model: ServedModel, source: ImageSource, work: ImageWork, needs_tokens: bool
     ) -> Made:
         image, digest = await self._load(source)
-        if self._finished_run is not None and self._models.is_first(model) and not needs_tokens:
+        if self._finished_run is not None and model.is_first and not needs_tokens:
             stored = await self._finished_run.look_up(digest, work)
             if stored is not None:
                 return stored
@@ -233,7 +233,7 @@ class Service:
     async def _make(self, model: ServedModel, image: bytes, digest: str, work: ImageWork) -> Made:
         decoded = await self.decode(model, image)
         made = Made.of(digest, decoded, await self.run(model, decoded, work))
-        if self._models.is_first(model):
+        if model.is_first:
             self._trials.copy(model, decoded.array(model.info.image_size_px), work, made)
         return made
 
@@ -260,7 +260,7 @@ class Service:
         if outputs.model is not None and outputs.model != model.info:
             # Its engines have been replaced since this process has asked them.
             self._models.update(model, outputs.model)
-            if self._models.is_first(model):
+            if model.is_first:
                 self._finished_run = None  # it was of the former model
         return outputs
 

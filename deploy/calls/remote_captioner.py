@@ -51,17 +51,14 @@ class Models:
         """
         self._calibration = await asyncio.to_thread(self._settings.read_calibration)
         info = await self._first.info()
-        self.first = self._describe(info.model, info, await self._first.matching_info())
+        self.first = self._describe(info.model, True, info, await self._first.matching_info())
 
     @property
     def names(self) -> list[str]:
-        return [self.first.name, *self._others]
-
-    def is_first(self, model: ServedModel) -> bool:
-        return model.name not in self._others
+        return list(dict.fromkeys([self.first.name, *self._others]))
 
     def captioner(self, model: ServedModel) -> RemoteCaptioner:
-        return self._others.get(model.name, self._first)
+        return self._first if model.is_first else self._others[model.name]
 
     def find(self, name: str) -> ServedModel | None:
         """Return a model whose engines have answered, else None; raise ApiError 404 if none has the name."""
@@ -93,22 +90,25 @@ class Models:
 
     async def _ask(self, name: str) -> None:
         with _no_engine_is_503():
-            self._served[name] = self._describe(name, await self._others[name].info(), None)
+            self._served[name] = self._describe(name, False, await self._others[name].info(), None)
 
     def update(self, model: ServedModel, info: ModelInfo) -> None:
         """Know a model from now on as the engine describes it that has just answered."""
         options = self._settings.options.resolve(info.generation_config)
         updated = replace(model.made_by(info), options=options)
-        if self.is_first(model):
+        if model.is_first:
             self.first = updated
         else:
             self._served[model.name] = updated
 
-    def _describe(self, name: str, info: ModelInfo, matching: ModelInfo | None) -> ServedModel:
+    def _describe(
+        self, name: str, is_first: bool, info: ModelInfo, matching: ModelInfo | None
+    ) -> ServedModel:
         self._settings.require_fit(info, matching)
         options = self._settings.options.resolve(info.generation_config)
         return ServedModel(
             name=name,
+            is_first=is_first,
             info=info,
             options=options,
             matching=matching,

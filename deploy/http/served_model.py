@@ -15,6 +15,8 @@ class ServedModel:
 
     name: str
     """By which requests choose it."""
+    is_first: bool
+    """Whether it is the model of a request that names none."""
     info: ModelInfo
     options: GenerationOptions
     """Options of a request that names none."""
@@ -29,8 +31,8 @@ class ServedModel:
         """Return the model as the engine describes it that has made an answer; None is this one."""
         if info is None or info == self.info:
             return self
-        # The first model has no other name than that of its checkpoint.
-        name = info.model if self.name == self.info.model else self.name
+        # The first model alone is named after its checkpoint; the others keep the names they were given.
+        name = info.model if self.is_first else self.name
         return replace(self, name=name, info=info)
 
 

@@ -160,6 +160,39 @@ def test_a_calibration_is_read_once_and_stops_no_event_loop(monkeypatch: pytest.
     assert reader is not threading.main_thread()
 
 
+def test_a_further_model_keeps_its_name_when_its_engines_are_updated() -> None:
+    """One named as its checkpoint took the new name, and the first model's engines answered for it."""
+
+    async def run() -> None:
+        first, other = (RemoteCaptioner(Handle(None)) for _ in range(2))
+        models = Models(first, {"m-tuned": other}, Settings())
+        other._handle.info = Method(Response(described("m-tuned")))
+        await models.start()
+        before, new = models.first, described("m-tuned-v2")
+        models.update(await models.get("m-tuned"), new)
+        updated = await models.get("m-tuned")
+        assert (updated.name, updated.info, updated.is_first) == ("m-tuned", new, False)
+        assert models.captioner(updated) is other and models.first is before
+
+    asyncio.run(run())
+
+
+def test_a_first_model_that_gets_the_name_of_a_further_one_stays_the_first() -> None:
+    async def run() -> None:
+        first, other = (RemoteCaptioner(Handle(None)) for _ in range(2))
+        models = Models(first, {"tuned": other}, Settings())
+        await models.start()
+        models.update(models.first, described("tuned"))
+        assert models.first.is_first and models.captioner(models.first) is first
+        assert models.names == ["tuned"]
+
+    asyncio.run(run())
+
+
+def described(model: str) -> ModelInfo:
+    return ModelInfo(model=model, image_size_px=8, dtype="float32", digest=model, vocab_size=100)
+
+
 def refusals(answers: list[Any]) -> list[tuple[int, str]]:
     """Return how a gateway refuses, the same in a plain answer and in a stream."""
 

@@ -71,6 +71,7 @@ class EngineService(Service):
         info = engine.info()
         models.first = ServedModel(
             name=info.model,
+            is_first=True,
             info=info,
             options=options.resolve(info.generation_config),
             matching=None if matching is None else matching.info(),

@@ -46,7 +46,9 @@ def test_the_page_uses_routes_that_exist(service: EngineService) -> None:
 
 def test_only_the_demonstration_draws_scenes(service: EngineService) -> None:
     info = ModelInfo(model="some/model", image_size_px=64, dtype="float32", digest="d")
-    service._models.first = ServedModel(name="some/model", info=info, options=service.first.options)
+    service._models.first = ServedModel(
+        name="some/model", is_first=True, info=info, options=service.first.options
+    )
     assert error_of(ask(service, "GET", "/scene.png"))[0] == 404
     assert ask(service, "GET", "/v1/model").json()["model"] == "some/model"
 
