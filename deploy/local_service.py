@@ -17,14 +17,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blip2_actor.installation import ROOT, ray_start_remedy
 from deploy import APPLICATION
 from deploy.observe.logs import serve_logging
 from deploy.observe.tracing import serve_environment
 from deploy.settings import ServeSettings
+
+if TYPE_CHECKING:
+    import psutil
 
 ENDED_WITHIN_S = 10.0
 """How long processes that are killed may take to end."""
@@ -150,6 +154,7 @@ def _drain(limit_s: float) -> None:
 
 
 def _start_ray(settings: ServeSettings) -> None:
+    import psutil
     import ray
     from ray.job_config import JobConfig
 
@@ -160,6 +165,7 @@ def _start_ray(settings: ServeSettings) -> None:
             self._py_driver_sys_path = [str(ROOT)]
             return super()._serialize()
 
+    before = set(psutil.Process().children())
     try:
         with _without_idle_processes():
             ray.init(
@@ -175,7 +181,7 @@ def _start_ray(settings: ServeSettings) -> None:
                 _metrics_export_port=settings.metrics_port,
             )
     except Exception as error:  # Ray raises a plain Exception when one of its processes comes up too late
-        _end_started_processes()
+        _end_started_processes(before)
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise RayStartFailed(
             f"Ray did not start on this machine: {reason}; {ray_start_remedy(error)}"
@@ -202,14 +208,20 @@ def _without_idle_processes() -> Iterator[None]:
             setattr(Node, name, start)
 
 
-def _end_started_processes() -> None:
+def _end_started_processes(before: Set[psutil.Process]) -> None:
     """End what a failed `ray.init` has started: `ray.shutdown` ends no node whose constructor has raised.
 
     The agents of a raylet that is killed would run on, so they are killed too.
+
+    Args:
+        before: the children that this process had before `ray.init`; they stay.
     """
     import psutil
 
-    started = psutil.Process().children(recursive=True)
+    started = [child for child in psutil.Process().children() if child not in before]
+    for child in list(started):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started += child.children(recursive=True)
     for process in started:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -144,3 +145,31 @@ def test_nothing_imports_ray_before_its_token_is_set() -> None:
     modules = "deploy.command, deploy.local_service, deploy.reuse.finished_run"
     code = f"import sys, {modules}; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_a_ray_that_does_not_start_ends_with_its_processes_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes: list[subprocess.Popen[bytes]] = []
+    started: list[psutil.Process] = []
+
+    def init(**_: object) -> None:
+        nodes.append(subprocess.Popen(["sh", "-c", "sleep 60 & echo; wait"], stdout=subprocess.PIPE))
+        assert nodes[0].stdout is not None and nodes[0].stdout.readline()
+        process = psutil.Process(nodes[0].pid)
+        started.extend([process, *process.children()])
+        raise RuntimeError("too late")
+
+    monkeypatch.setattr(ray, "init", init)
+    of_another = subprocess.Popen(["sleep", "60"])
+    try:
+        with pytest.raises(local_service.RayStartFailed, match="too late"):
+            local_service._start_ray(ServeSettings(engine=EngineConfig(model="x")))
+        _, alive = psutil.wait_procs(started, timeout=10)
+        assert len(started) == 2 and not alive
+        assert of_another.poll() is None
+    finally:
+        of_another.kill()
+        of_another.wait()
+        for node in nodes:
+            node.communicate()
