@@ -8,7 +8,6 @@ the Serve config of the installed package, and the `ray_cluster.yaml` of the wor
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import typing
@@ -23,6 +22,7 @@ from deploy.cluster_files.operator_rules import complaints
 from deploy.settings import BODY_WITHIN_S, Settings
 
 if TYPE_CHECKING:
+    from jsonschema import ValidationError
     from ray.serve.schema import DeploymentSchema
 
 PROG = "python -m deploy.check"
@@ -118,20 +118,29 @@ def _serve_config_of(spec: Mapping[str, Any]) -> Any:
 
 def check_cluster(document: Mapping[str, Any]) -> None:
     """Raise ValueError unless `ray up` would take the cluster."""
-    from jsonschema import ValidationError, validate
+    from jsonschema import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    schema = json.loads((files("ray.autoscaler") / "ray-schema.json").read_text(encoding="utf-8"))
     try:
-        validate(document, schema)  # first, because Ray sets its defaults before it looks at types
         validate_config(prepare_config(dict(document)))
     except ValidationError as error:
-        place = error.json_path.removeprefix("$").removeprefix(".") or "the file"
-        raise ValueError(f"{place}: {error.message}") from None
+        raise ValueError(_explain(error)) from None
     except ValueError:
         raise
-    except Exception as error:  # of any kind
+    except Exception as error:  # of any kind: Ray sets its defaults before it looks at types
+        # Without the defaults, its schema says what is wrong.
+        try:
+            validate_config(dict(document))
+        except ValidationError as wrong:
+            raise ValueError(_explain(wrong)) from None
+        except RuntimeError:
+            pass
         raise ValueError(f"Ray cannot read the cluster: {error!r}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Return what Ray's schema refuses in a cluster file."""
+    return f"{error.json_path.removeprefix('$').removeprefix('.') or 'the file'}: {error.message}"
 
 
 def check_serve_config(document: Mapping[str, Any], with_models: bool = False) -> None:

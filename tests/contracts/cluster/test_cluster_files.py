@@ -180,6 +180,7 @@ def test_nodes_run_the_image_and_install_nothing() -> None:
     ("change", "named"),
     [
         (lambda c: c.update(max_worker=3), "max_worker"),
+        (lambda c: c.update(setup_commands="pip"), "^setup_commands: 'pip' is not of type"),
         (lambda c: c["available_node_types"]["cpu"].update(min_workers=100), "max_workers"),
         (lambda c: c.update(head_node_type="heads"), "head_node_type"),
         (lambda c: c["available_node_types"]["accelerator"]["resources"].update(GPU=0.5), "GPU"),
@@ -190,6 +191,11 @@ def test_a_wrong_cluster_is_refused_by_name(change: Any, named: str) -> None:
     change(cluster)
     with pytest.raises(ValueError, match=named):
         check_cluster(cluster)
+
+
+@pytest.mark.parametrize("dropped", [{"min_workers": 0}, {"head_node": {}, "worker_nodes": {}}])
+def test_a_cluster_with_fields_that_ray_drops_is_taken(dropped: dict[str, Any]) -> None:
+    check_cluster(load("ray_cluster.yaml") | dropped)
 
 
 @pytest.mark.parametrize(
