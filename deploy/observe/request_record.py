@@ -51,9 +51,9 @@ class RequestRecord:
         return ", ".join(f"{phase};dur={1000 * seconds:.1f}" for phase, seconds in self.seconds.items())
 
 
-_OF_NO_REQUEST = RequestRecord()
-"""Takes what is noted outside of a request, and nobody reads it."""
-RECORD: ContextVar[RequestRecord] = ContextVar("RECORD", default=_OF_NO_REQUEST)
+OF_NO_REQUEST = RequestRecord()
+"""Takes what is noted outside of a request. It is never logged, and is in no A/B test."""
+RECORD: ContextVar[RequestRecord] = ContextVar("RECORD", default=OF_NO_REQUEST)
 
 
 @contextmanager

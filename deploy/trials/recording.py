@@ -124,6 +124,8 @@ class Recorder:
     def _begin_to_write(self) -> None:
         """Hand all rows over together, so that both rows of a pair are in files of the same number."""
         self._since_s = time.monotonic()
+        if not self._rows:
+            return
         rows, self._rows = self._rows, {}
         self._writing = [writing for writing in self._writing if not writing.done()]
         if len(self._writing) >= MAX_PENDING_FILES:

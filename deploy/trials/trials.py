@@ -14,7 +14,7 @@ from deploy.calls.remote_captioner import Models
 from deploy.http.errors import ApiError
 from deploy.http.served_model import ServedModel
 from deploy.observe.metrics import SHADOW_REQUESTS
-from deploy.observe.request_record import RECORD
+from deploy.observe.request_record import OF_NO_REQUEST, RECORD
 from deploy.reuse.made import Made
 from deploy.settings import Settings
 from deploy.trials.recording import Recorder, Side
@@ -45,7 +45,7 @@ class Trials:
 
     def choose(self, first: ServedModel) -> ServedModel:
         """Return the model that answers a request which names none; the first one until the other runs."""
-        if self._ab_test is None:
+        if self._ab_test is None or RECORD.get() is OF_NO_REQUEST:
             return first
         RECORD.get().is_in_ab_test = True
         if not self._ab_test.has(RECORD.get().request_id):

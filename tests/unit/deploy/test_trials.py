@@ -17,7 +17,7 @@ import pytest
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.testing import FakeEngineConfig
 from deploy.captioner import Captioner
-from deploy.observe.request_record import AccessLog
+from deploy.observe.request_record import RECORD, AccessLog
 from deploy.settings import Settings
 from deploy.trials import recording
 from deploy.trials import trials as trials_module
@@ -210,6 +210,22 @@ def test_records_are_bounded_and_a_disk_that_fails_is_no_error(
     service = Service(second, shadow="second=1", trial_record=str(blocked))
     assert {answer.status_code for answer in ask(service, 20)} == {200}
     service._trials.close()
+
+
+def test_outside_of_a_request_nothing_is_in_an_ab_test(second: Second) -> None:
+    """One record takes what is noted there, and kept the mark for good."""
+    service = Service(second, ab_test="second=1")
+    assert service._trials.choose(service.first) is service.first
+    assert not RECORD.get().is_in_ab_test
+
+
+def test_without_rows_no_number_of_a_file_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "MAX_AGE_S", -1)
+    recorder = recording.Recorder(str(tmp_path), with_prompts=False)
+    for _ in range(3):
+        recorder.write_if_due()
+    recorder.close()
+    assert recorder._num_written == 0 and not list(tmp_path.iterdir())
 
 
 def test_recorded_rows_keep_the_row_contract() -> None:
