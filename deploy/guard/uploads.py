@@ -222,7 +222,7 @@ class Body:
             raise overloaded("too many bytes of other requests are being received", BODY_PAUSE_S)
 
     def release(self) -> None:
-        """Give back what it holds, once."""
+        """Give back what it holds; call it once, at the end."""
         uploads = self._uploads
         uploads.num_bytes -= self._num_bytes
         uploads.num_claimed_of[self._client] -= self._num_claimed

@@ -1,1 +1,1 @@
-"""The HTTP interface: bodies, answers, errors, the page, and the application that the routes make."""
+"""The HTTP interface: bodies, answers, errors, the files of the page, and the application with all routes."""
