@@ -129,14 +129,11 @@ class Captioner:
         if self._actor.info.digest != digest:
             raise OtherModel
         shared = [self._actor.engine.image(pixels) for pixels in images]
-        for one in shared:
-            one.low_priority = True
-        running: dict[asyncio.Future[Any], Sequence[int]] = {}
-        for index, (image, text) in enumerate(work.texts):
-            request = Request(
-                image=shared[image], prompt=text.prompt, options=text.options, low_priority=True
-            )
-            running[self._submit(request, index, None)] = [index]
+        for image in shared:
+            image.low_priority = True
+        running: dict[asyncio.Future[Any], Sequence[int]] = {
+            self._submit(one.request(shared), index, None): [index] for index, one in enumerate(work.texts)
+        }
         readings = work.readings(self._actor.engine, shared)
 
         loop = asyncio.get_running_loop()
@@ -163,8 +160,8 @@ class Captioner:
         finally:
             for future in running:
                 future.cancel()
-            for one in shared:
-                one.cancel()
+            for image in shared:
+                image.cancel()
 
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
         """Return the retrieval model's vectors of texts."""

@@ -1,6 +1,7 @@
 """What a gateway asks a captioner to make of one image, and what comes back: plain values that travel.
 
-Everything in one `ImageWork` shares one pass of the vision encoder.
+Everything in one `ImageWork` shares one pass of the vision encoder. While an endpoint is updated, the values
+travel between two versions of this module, by the names of their classes and fields.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from blip2_actor import (
     ImageLike,
     Match,
     ModelInfo,
+    Request,
     Result,
     Score,
     Status,
@@ -42,6 +44,19 @@ class TextToGenerate:
     options: GenerationOptions
 
 
+@dataclass(frozen=True)
+class TextOfBatch:
+    """A text of a batch job, for one of the images that came with it."""
+
+    image: int
+    text: TextToGenerate
+
+    def request(self, images: Sequence[ImageLike]) -> Request:
+        """Return the request to the engine, behind all others."""
+        text = self.text
+        return Request(image=images[self.image], prompt=text.prompt, options=text.options, low_priority=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextToScore:
     """A text whose probability after the image and a prompt is asked."""
@@ -50,19 +65,24 @@ class TextToScore:
     prompt: str | None = None
 
 
+@dataclass(frozen=True)
+class ScoreOfBatch:
+    """A text of a batch job to score, for one of the images that came with it."""
+
+    image: int
+    text: TextToScore
+
+
 BatchOutcome = Result | Score | Features
 """What is made for one position of `BatchWork`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchWork:
-    """What a batch job asks of the images that it sends, each named by its index.
+    """What a batch job asks of the images that it sends. Positions go through the three in turn."""
 
-    Positions go through the three in turn.
-    """
-
-    texts: tuple[tuple[int, TextToGenerate], ...] = ()
-    scores: tuple[tuple[int, TextToScore], ...] = ()
+    texts: tuple[TextOfBatch, ...] = ()
+    scores: tuple[ScoreOfBatch, ...] = ()
     features: tuple[int, ...] = ()
     """Images whose outputs of the vision encoder and the Q-Former are wanted."""
 
@@ -76,8 +96,8 @@ class BatchWork:
         first = len(self.texts)
         for start in range(0, len(self.scores), READ_AT_ONCE):
             scores = self.scores[start : start + READ_AT_ONCE]
-            of_scores = [images[image] for image, _ in scores]
-            texts, prompts = [one.text for _, one in scores], [one.prompt for _, one in scores]
+            of_scores = [images[one.image] for one in scores]
+            texts, prompts = [one.text.text for one in scores], [one.text.prompt for one in scores]
             positions = range(first + start, first + start + len(scores))
             yield positions, partial(engine.score, of_scores, texts, prompts)
         first += len(self.scores)

@@ -35,6 +35,8 @@ from deploy.service import Service
 from deploy.work import (
     BatchOutcome,
     BatchWork,
+    ScoreOfBatch,
+    TextOfBatch,
     TextToGenerate,
     TextToScore,
 )
@@ -115,8 +117,8 @@ class BatchBody(Body):
         texts = [TextToGenerate(prompt=one.prompt or None, options=options) for one in self.texts]
         scores = [TextToScore(text=one.text, prompt=one.prompt or None) for one in self.scores]
         return BatchWork(
-            texts=tuple(zip(images_of["texts"], texts, strict=True)),
-            scores=tuple(zip(images_of["scores"], scores, strict=True)),
+            texts=tuple(map(TextOfBatch, images_of["texts"], texts)),
+            scores=tuple(map(ScoreOfBatch, images_of["scores"], scores)),
             features=tuple(self.features),
         )
 

@@ -18,7 +18,7 @@ from deploy.observe.request_record import OF_NO_REQUEST, RECORD
 from deploy.reuse.made import Made
 from deploy.settings import Settings
 from deploy.trials.recording import Recorder, Side
-from deploy.work import BatchWork, ImageWork
+from deploy.work import BatchWork, ImageWork, TextOfBatch
 
 MAX_COPIES = 16
 """Copies under way at once; what comes beyond is dropped."""
@@ -97,7 +97,7 @@ class Trials:
     async def _first_text(self, name: str, pixels: np.ndarray, work: ImageWork) -> Result:
         """Generate all texts at low priority; return the first."""
         model = await self._models.get(name)
-        batch = BatchWork(texts=tuple((0, text) for text in work.texts))
+        batch = BatchWork(texts=tuple(TextOfBatch(image=0, text=text) for text in work.texts))
         captioner = self._models.captioner(model)
         results: dict[int, Result] = {}
         async for finished in captioner.run_batch(pixels[None], batch, model.info.digest):

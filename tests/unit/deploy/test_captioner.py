@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,16 @@ from blip2_actor import GenerationOptions
 from blip2_actor.testing import FakeEngineConfig
 from deploy import captioner
 from deploy.captioner import Captioner
-from deploy.work import BatchWork, ImageOutputs, ImageWork, TextPiece, TextToGenerate
+from deploy.work import (
+    BatchWork,
+    ImageOutputs,
+    ImageWork,
+    ScoreOfBatch,
+    TextOfBatch,
+    TextPiece,
+    TextToGenerate,
+    TextToScore,
+)
 
 PIXELS = np.zeros((32, 32, 3), np.uint8)
 WORK = ImageWork(texts=(TextToGenerate(prompt=None, options=GenerationOptions()),))
@@ -157,3 +166,16 @@ def test_a_caller_that_leaves_frees_the_thread_that_waits_for_its_features(
     asyncio.run(leave())
     assert ended.wait(5)
     replica._actor.close()
+
+
+def test_batch_work_keeps_the_names_by_which_it_travels() -> None:
+    """Gateways and captioners of two versions meet while an endpoint is updated."""
+    asked = TextToGenerate(prompt=None, options=GenerationOptions())
+    texts, scores = (TextOfBatch(0, asked),), (ScoreOfBatch(1, TextToScore(text="a")),)
+    assert {type(one).__module__ for one in (*texts, *scores)} == {"deploy.work"}
+    travels = asdict(BatchWork(texts=texts, scores=scores, features=(2,)))
+    assert travels == {
+        "texts": ({"image": 0, "text": asdict(asked)},),
+        "scores": ({"image": 1, "text": {"text": "a", "prompt": None}},),
+        "features": (2,),
+    }

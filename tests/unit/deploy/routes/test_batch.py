@@ -197,7 +197,7 @@ def test_while_nothing_is_finished_empty_lines_come_and_the_end_of_the_service_i
             sent.append(piece)
 
         model = service.first
-        texts = [(0, batch.TextToGenerate(prompt=None, options=model.options))]
+        texts = [batch.TextOfBatch(image=0, text=batch.TextToGenerate(prompt=None, options=model.options))]
         monkeypatch.setattr(service, "admit_batch", lambda cost: _Checked(check))
         with pytest.raises(Exception, match="the service is ending"):
             await batch._serve(
