@@ -68,6 +68,12 @@ def test_images_of_another_size_are_refused(model) -> None:
         model.image_features(torch.zeros(1, 3, 42, 42))
 
 
+def test_queries_without_an_image_are_an_error(model) -> None:
+    """A Q-Former that skipped its cross-attentions would return numbers that mean nothing."""
+    with pytest.raises(AssertionError, match="queries need an image"):
+        model.qformer(model.query_tokens)
+
+
 def test_both_checkpoint_layouts_give_the_same_captions(tmp_path, checkpoint_folder) -> None:
     """Checkpoints from before transformers 4.47 have no image token; their weights are the same."""
     newer = checkpoint_folder()
