@@ -133,7 +133,7 @@ def check_cluster(document: Mapping[str, Any]) -> None:
             validate_config(dict(document))
         except ValidationError as wrong:
             raise ValueError(_explain(wrong)) from None
-        except RuntimeError:
+        except (KeyError, RuntimeError):  # of what the defaults set, or no schema
             pass
         raise ValueError(f"Ray cannot read the cluster: {error!r}") from None
 

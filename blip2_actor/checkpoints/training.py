@@ -135,8 +135,8 @@ def _config(model: Blip2 | Blip2Retrieval, checkpoint: Checkpoint) -> dict[str, 
     """Return the checkpoint's configuration with the dtype of the model, and whether its head is shared."""
     config = read_json_object(checkpoint.folder / "config.json") or {}
     dtype = str(model.dtype).removeprefix("torch.")
-    if not {"dtype", "torch_dtype"} & config.keys():
-        config["torch_dtype"] = dtype  # as older versions write it, which newer ones read too
+    if "dtype" not in config:
+        config.setdefault("torch_dtype", dtype)  # as older versions write it, which newer ones read too
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
         part |= {key: dtype for key in ("dtype", "torch_dtype") if part.get(key) is not None}

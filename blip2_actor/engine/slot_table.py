@@ -38,7 +38,7 @@ class RunningText:
 
     @property
     def takes_argmax(self) -> bool:
-        """True if the next token is known, or the largest logit, apart from ends that are banned."""
+        """True if it takes the largest logit, apart from banned ends, or a known token in its place."""
         return isinstance(self.search, TextSearch) and self.search.takes_argmax
 
     @property

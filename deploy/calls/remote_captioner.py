@@ -63,7 +63,7 @@ class Models:
     def find(self, name: str) -> ServedModel | None:
         """Return a model whose engines have answered, else None; raise ApiError 404 if none has the name."""
         require_name(self.names, name)
-        return self.first if name == self.first.name else self._served.get(name)
+        return self._served.get(name) if name in self._others else self.first
 
     def known(self, name: str) -> ServedModel | None:
         """Return a further model whose engines have answered; else have them started, and return None."""

@@ -56,7 +56,7 @@ class Trials:
         """Record what one of the two models of an A/B test has answered, unless the request has named it."""
         if self.recorder is None or self._ab_test is None or not RECORD.get().is_in_ab_test:
             return
-        side: Side = "B" if model.name == self._ab_test.model else "A"
+        side: Side = "A" if model.is_first else "B"
         (text, *_), (result, *_) = work.texts, made.outputs.texts
         name = model.made_by(made.outputs.model).name
         self.recorder.add("ab_test", side, RECORD.get().request_id, name, text.prompt, result, made)

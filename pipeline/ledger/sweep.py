@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 from pipeline.inputs.reader import ShardReport
@@ -58,7 +59,10 @@ def sweep(
             reports.append(report)
     with ThreadPoolExecutor(MAX_CONCURRENT_COMMITS) as pool:
         committed = [summary for summary in pool.map(commit, reports) if summary is not None]
-    return _after_commits(folder, state, committed, keep_summaries(folder, committed))
+    kept_in: list[str] = []
+    with suppress(OSError):  # the footers have the same summaries
+        kept_in = keep_summaries(folder, committed)
+    return _after_commits(folder, state, committed, kept_in)
 
 
 def _move_old_reports(folder: Folder, state: OutputState, shards: Set[str]) -> OutputState:

@@ -64,7 +64,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     settings.spec(engine).check(info)
     if run is not None and settings.fork and not _continues(run, settings, info):
         output = _find_fork(resolved, ledger, _in_any_dtype(wanted))
-        # The deadline is looked at once: it comes nearer meanwhile, and may be too near the second time.
+        # The deadline was looked at above.
         fork = prepare(dataclasses.replace(given, output=output, fork=False, deadline=None), wanted)
         return dataclasses.replace(fork, stop_at=stop_at)
     if run is None:

@@ -101,7 +101,7 @@ class SampleReader:
         self._keys = SeenKeys()
         self._link_targets = LinkTargets()
         self._opened: tuple[tarfile.TarInfo, io.BufferedReader[Any]] | None = None
-        """The last member that was looked at, not read yet: a compressed tar cannot be read back."""
+        """The last member that was looked at, not read yet: a compressed tar goes back to its first byte."""
         self.num_rows = 0
         self.misplaced: str | None = None
         """What is wrong if a kept member is not next to its sample, as one sentence."""

@@ -116,6 +116,18 @@ def test_texts_that_give_their_slots_up_have_the_same_tokens_in_the_end(engine, 
     assert engine.stats().num_preempted > before + 3
 
 
+def test_greedy_texts_take_their_own_tokens_again(engine, asked, alone) -> None:
+    """Without beams next to them, steps are queued ahead meanwhile, if the engine reads late."""
+    greedy = [index for index, request in enumerate(asked) if request.options.num_beams == 1]
+    before = engine.stats().num_preempted
+    futures = [(i, engine.submit(replace(asked[i], low_priority=True))) for i in greedy]
+    for index in greedy:
+        concurrent.futures.wait([futures[-1][1]], timeout=0.005)
+        futures.append((index, engine.submit(asked[index])))
+    assert [future.result(60).token_ids for _, future in futures] == [alone[i] for i, _ in futures]
+    assert engine.stats().num_preempted > before
+
+
 def test_concurrent_callers_share_passes_of_the_encoder(folder) -> None:
     """Sixteen threads with one image each must not need sixteen passes."""
     config = cpu_config(folder, max_slots=16, encode_batch=8)

@@ -185,6 +185,8 @@ def test_a_first_model_that_gets_the_name_of_a_further_one_stays_the_first() -> 
         models.update(models.first, described("tuned"))
         assert models.first.is_first and models.captioner(models.first) is first
         assert models.names == ["tuned"]
+        await models.get("tuned")
+        assert (found := models.find("tuned")) is not None and models.captioner(found) is other
 
     asyncio.run(run())
 
