@@ -49,6 +49,8 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             or was begun with other settings; the message says what to do.
     """
     stop_at = stop_time(settings.deadline)
+    # Every new settings object looks at its deadline, which comes nearer meanwhile.
+    settings = dataclasses.replace(settings, deadline=None)
     refuse_relative("input", settings.input)
     refuse_relative("output", [settings.output])
     settings.serving.check(settings.engine, settings.outputs, settings.placement)
@@ -64,8 +66,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     settings.spec(engine).check(info)
     if run is not None and settings.fork and not _continues(run, settings, info):
         output = _find_fork(resolved, ledger, _in_any_dtype(wanted))
-        # The deadline was looked at above.
-        fork = prepare(dataclasses.replace(given, output=output, fork=False, deadline=None), wanted)
+        fork = prepare(dataclasses.replace(given, output=output, fork=False), wanted)
         return dataclasses.replace(fork, stop_at=stop_at)
     if run is None:
         assert new is not None

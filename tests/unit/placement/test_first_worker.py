@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from blip2_actor import EngineConfig, QuantizationChoice
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.placement.first_worker import WorkerAnswer, as_answered, describe_without_device
 from pipeline.run.prepare import prepare
-from pipeline.settings.deadline import stop_time
+from pipeline.settings.deadline import RESERVE
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
 from tests.integration.inputs import write_tars
@@ -64,23 +65,29 @@ def test_a_fork_of_another_dtype_is_found_again(tmp_path: Path, monkeypatch: pyt
     assert again.info.dtype == "bfloat16"
 
 
-def test_the_deadline_of_a_fork_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes nearer while the input is listed, and what was in time at first was refused."""
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_slow_start_keeps_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: bool) -> None:
+    """A time comes nearer while the job is prepared, and what was in time at first was refused."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
     settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"))
-    first = prepare(settings, AUTO)
-    first.ledger.begin(first.run)
-    seen = []
+    if fork:
+        first = prepare(settings, AUTO)
+        first.ledger.begin(first.run)
+    at = datetime.now(UTC) + timedelta(minutes=30)
+    settings = dataclasses.replace(settings, fork=fork, prompt="a photo of", deadline=at.isoformat())
 
-    def stop_once(deadline: str | None) -> datetime | None:
-        seen.append(deadline)
-        assert len(list(filter(None, seen))) < 2
-        return stop_time(deadline)
+    class Clock(datetime):
+        looks = -1
 
-    monkeypatch.setattr("pipeline.run.prepare.stop_time", stop_once)
-    fork = prepare(dataclasses.replace(settings, fork=True, prompt="a photo of", deadline="2h"), AUTO)
-    assert fork.is_new and fork.ledger.folder.uri != first.ledger.folder.uri
-    assert fork.stop_at is not None and fork.stop_at > datetime.now(UTC)
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            cls.looks += 1
+            return datetime.now(tz) + timedelta(hours=cls.looks)
+
+    monkeypatch.setattr("pipeline.settings.deadline.datetime", Clock)
+    job = prepare(settings, AUTO)
+    assert job.is_new and job.stop_at == at - RESERVE
+    assert (job.ledger.folder.uri != settings.output) is fork
 
 
 CHOICE = QuantizationChoice(
