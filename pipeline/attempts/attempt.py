@@ -53,6 +53,9 @@ class Attempt:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of Python and of the packages that decide what a run does."""
     hardware: Mapping[str, Any] = field(default_factory=dict)
+    """At the end of the work if the attempt has come to it, else at the start."""
+    workers: Mapping[str, int] = field(default_factory=dict)
+    """The most workers of each stage that were at work at the same time; older versions did not note it."""
     phases: Mapping[str, float] = field(default_factory=dict)
     """Seconds of each phase of the start, in order."""
     ready_s: float | None = None
@@ -137,6 +140,11 @@ class Attempts:
         return ready[-1] if ready else None
 
     @property
+    def longest(self) -> Attempt | None:
+        """The attempt that has worked longest; None if there is none."""
+        return max(self.all, key=lambda attempt: attempt.active_s, default=None)
+
+    @property
     def shard_rows(self) -> float | None:
         """Mean number of rows of a shard, as the last attempt knew it; None if none did."""
         known = [attempt.shard_rows for attempt in self.all if attempt.shard_rows is not None]
@@ -188,8 +196,11 @@ def fold(first: Attempt, second: Attempt) -> Attempt:
         alive_s=dict(_total(point.alive_s for point in points)),
     )
     num_attempts = first.num_attempts + second.num_attempts
+    longest = Attempts((first, second)).longest or second
     return dataclasses.replace(
         first,
+        hardware=longest.hardware,
+        workers=longest.workers,
         phases={},
         ready_s=0.0,
         points=(last,),

@@ -7,7 +7,7 @@ import dataclasses
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline.attempts.log import AttemptLog
 from pipeline.attempts.store import log_name, make_room, read_attempts, write_attempt
 from pipeline.attempts.timeline import Timeline
 from pipeline.exit_status import status_of
-from pipeline.placement.cluster import Cluster
+from pipeline.placement.cluster import Cluster, nodes_alive
 from pipeline.storage.folder import Folder
 from pipeline.storage.secrets import hide_secrets
 
@@ -59,6 +59,7 @@ class AttemptRecorder:
         self._warnings_before: Counter[str] = Counter()
         self._warnings: Counter[str] = Counter()
         self._quantization: dict[str, int] = {}
+        self._workers: dict[str, int] = {}
         self._write()
 
     def run_has_begun(self, run: str, dtype: str) -> None:
@@ -83,6 +84,13 @@ class AttemptRecorder:
     def connected(self, cluster: Cluster) -> None:
         """Note that Ray is there, and what its machines are."""
         self.end_phase("start Ray")
+        self._note_machines(cluster)
+
+    def look_again(self) -> None:
+        """Note what the machines are at the end of the work: nodes may have joined meanwhile."""
+        self._note_machines(Cluster(nodes_alive()))
+
+    def _note_machines(self, cluster: Cluster) -> None:
         self._attempt = dataclasses.replace(self._attempt, hardware=hardware_of(cluster))
         self._write()
 
@@ -95,6 +103,7 @@ class AttemptRecorder:
         self,
         rows: int,
         loads: Mapping[str, Mapping[str, WorkerLoad]],
+        at_work: Collection[str],
         warnings: Mapping[str, int],
         quantization: Mapping[str, int],
         shard_rows: float | None = None,
@@ -103,12 +112,15 @@ class AttemptRecorder:
 
         Args:
             rows: rows that this driver has counted.
-            loads: by stage and worker.
+            loads: by stage and worker, those that are gone too.
+            at_work: the workers that are there.
             warnings: of workers, and how often each was given.
             quantization: what workers have quantized, and how many of them.
             shard_rows: mean number of rows of the shards of known length.
         """
         self._quantization |= quantization
+        for stage, of in loads.items():
+            self._workers[stage] = max(self._workers.get(stage, 0), sum(worker in at_work for worker in of))
         self._attempt = dataclasses.replace(self._attempt, shard_rows=shard_rows)
         self._warnings = self._warnings_before + Counter(warnings)
         seconds = self._seconds
@@ -164,6 +176,7 @@ class AttemptRecorder:
             self._attempt,
             phases=dict(self._phases),
             points=self._timeline.points,
+            workers=dict(self._workers),
             warnings=dict(self._warnings.most_common(MAX_WARNINGS)),
             quantization=dict(self._quantization),
         )

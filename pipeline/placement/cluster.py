@@ -135,12 +135,17 @@ def look_at_cluster() -> Cluster:
     """Describe the Ray to which this process is connected."""
     from ray._private import worker
 
-    nodes = tuple(
-        Node(node["Resources"], node.get("Labels") or {}, node["NodeID"])
-        for node in ray.nodes()
-        if node["Alive"]
-    )
+    nodes = nodes_alive()
     started_here = worker._global_node is not None and worker._global_node.head
     if started_here:
         return Cluster(nodes)
     return Cluster(nodes, autoscaler_node_types(), is_local=False)
+
+
+def nodes_alive() -> tuple[Node, ...]:
+    """Return the nodes of the Ray to which this process is connected."""
+    return tuple(
+        Node(node["Resources"], node.get("Labels") or {}, node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"]
+    )

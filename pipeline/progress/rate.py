@@ -28,11 +28,6 @@ class Rate:
             self._points.pop(0)
 
     @property
-    def steady_s(self) -> float:
-        """Seconds since the first row."""
-        return self._points[-1][0] - self._first[0] if self._first and self._points else 0.0
-
-    @property
     def recent(self) -> float:
         return _slope(self._points[0], self._points[-1]) if self._points else 0.0
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from pipeline.attempts.attempt import Attempt, Attempts
 from pipeline.progress import count, duration
-from pipeline.run.bottleneck import Machines, describe_bottleneck
+from pipeline.run.bottleneck import TOO_SHORT, Machines, describe_bottleneck
 
 UNKNOWN = "speed: unknown, the output has no record of what its attempts did"
 MAX_WARNINGS = 5
@@ -42,15 +42,15 @@ def _span(attempts: Attempts) -> str:
 
 def verdict(attempts: Attempts) -> str:
     """Return the bottleneck of a run, as far as the records of its attempts tell it."""
-    if not attempts.rows:
-        return UNKNOWN
-    hardware, active_s, alive_s = attempts.all[-1].hardware, attempts.active_s, attempts.alive_s
+    longest = attempts.longest
+    if longest is None or not attempts.rows:
+        return TOO_SHORT
     machines = Machines(
-        num_cpus=hardware.get("cpus", 0.0),
-        num_accelerators=hardware.get("accelerators", 0.0),
-        num_workers={stage: seconds / active_s for stage, seconds in alive_s.items()} if active_s else {},
+        num_cpus=longest.hardware.get("cpus", 0.0),
+        num_accelerators=longest.hardware.get("accelerators", 0.0),
+        num_workers=longest.workers,
     )
-    return describe_bottleneck(attempts.busy_fractions, active_s, machines)
+    return describe_bottleneck(attempts.busy_fractions, attempts.active_s, machines)
 
 
 def time_of(attempt: Attempt, seconds: float = 0.0) -> str:

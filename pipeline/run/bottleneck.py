@@ -96,21 +96,3 @@ def describe_bottleneck(busy: Mapping[str, float], steady_s: float, machines: Ma
         shown = ", ".join(f"{name} {part:.0%}" for name, part in busy.items())
         return f"bottleneck: reading, no later stage was busy ({shown}); {machines.remedy('read')}"
     return f"bottleneck: {stage}, busy {busy[stage]:.0%} of the time; {machines.remedy(stage)}"
-
-
-def describe_run(
-    loads: Mapping[str, Mapping[str, WorkerLoad]], steady_s: float, resources: Mapping[str, float]
-) -> str:
-    """Return the sentence about the bottleneck of a run.
-
-    Args:
-        loads: by stage and worker.
-        steady_s: as in `describe_bottleneck`.
-        resources: of the whole cluster as the run ends, as Ray names them: nodes may have joined meanwhile.
-    """
-    machines = Machines(
-        num_cpus=resources.get("CPU", 0.0),
-        num_accelerators=resources.get("GPU", 0.0),
-        num_workers={stage: len(workers) for stage, workers in loads.items()},
-    )
-    return describe_bottleneck(busy_fractions(loads), steady_s, machines)

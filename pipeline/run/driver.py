@@ -19,7 +19,8 @@ from pipeline.ledger.scan import ShardProgress
 from pipeline.metrics import SHARDS, label_with_run
 from pipeline.placement.reservations import Reservations
 from pipeline.progress import Console, ProgressSnapshot, Rate
-from pipeline.run.bottleneck import Existences, busy_fractions, describe_run
+from pipeline.report.pace import verdict
+from pipeline.run.bottleneck import Existences, busy_fractions
 from pipeline.run.cluster import log_folder
 from pipeline.run.committers import Committers
 from pipeline.run.failure import describe_failure, end_named_by
@@ -135,7 +136,8 @@ class Driver:
                     f"the job has failed: {describe_failure(error)}; finished work is kept; fix the cause "
                     "and run the same command to resume"
                 ) from error
-        self._console.say(describe_run(self._loads, self._rate.steady_s, ray.cluster_resources()))
+        self._attempt.look_again()
+        self._console.say(verdict(self._attempt.all))
         self._console.say_repeated()
 
     def _step(self, stream: ReceiptStream) -> None:
@@ -157,10 +159,12 @@ class Driver:
         for report in news.shard_reports:
             self._tracker.add_report(report)
         self._members.look()
-        self._loads = self._existences.end(news.loads, self._members.at_work)
+        at_work, tracker = self._members.at_work, self._tracker
+        self._loads = self._existences.end(news.loads, at_work)
         self._export()
-        tracker = self._tracker
-        self._attempt.note(tracker.num_rows, self._loads, news.warnings, news.quantization, tracker.mean_rows)
+        self._attempt.note(
+            tracker.num_rows, self._loads, at_work, news.warnings, news.quantization, tracker.mean_rows
+        )
         self._say_start(news)
         self._console.count_warnings(news.warnings)
         self._stop.store_fails = bool(news.troubles)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.attempts.attempt import Attempt, Attempts, Point, WorkerLoad
+from pipeline.attempts.attempt import Attempt, Attempts, Point, WorkerLoad, fold
 from pipeline.attempts.environment import command_line
 from pipeline.attempts.log import MAX_FIRST, MAX_LAST, AttemptLog
 from pipeline.attempts.recorder import recorded
@@ -23,8 +23,9 @@ from pipeline.attempts.store import make_room, read_attempts, write_attempt
 from pipeline.attempts.timeline import Timeline
 from pipeline.errors import StoppedBySignal
 from pipeline.ledger.layout import ATTEMPTS, LOGS
+from pipeline.placement.cluster import Cluster, nodes_alive
 from pipeline.progress import Console, choose_style
-from pipeline.report.pace import UNKNOWN, attempt_lines, total_line
+from pipeline.report.pace import UNKNOWN, attempt_lines, total_line, verdict
 from pipeline.run.bottleneck import TOO_SHORT
 from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.worker_messages import MAX_TEXTS, WarningCounter
@@ -75,6 +76,57 @@ def test_the_bottleneck_of_a_long_run_is_named_from_its_records():
     lines = attempt_lines(Attempts((attempt(1, points=points, ready_s=0.0, hardware=hardware),)))
     assert lines[1].startswith("bottleneck: caption, busy 80% of the time; more captioning actors")
     assert "up to 8" in lines[1]
+
+
+def test_workers_that_are_gone_keep_no_advice_back(tmp_path):
+    """They were counted with those that had come for them, and no more were advised."""
+    with recorded(Folder(str(tmp_path)), is_begun=True, run="digest") as record:
+        for at_work in ({"a", "b"}, {"b", "c"}, {"c"}, ()):
+            loads = {"caption": dict.fromkeys("abc", WorkerLoad(290, 300))}
+            record.note(3, loads, at_work, {}, {})
+        record.begin_driver()
+        record.note(3, {"caption": {"d": WorkerLoad(290, 300)}}, {"d"}, {}, {})
+        record.end(0, "done")
+    (attempt,) = read_attempts(Folder(str(tmp_path)))
+    assert attempt.workers == {"caption": 2}
+
+
+def worked(**changes: Any) -> Attempt:
+    """An attempt of 300 s, of which the model loads for 200 s."""
+    point = Point(300.0, 400, {"decode": 540.0}, {"decode": 600.0})
+    known: dict[str, Any] = {"points": (point,), "ready_s": 200.0, "hardware": {"cpus": 4.0}} | changes
+    return attempt(1, **known)
+
+
+def test_workers_count_once_however_long_they_waited_for_the_model():
+    """Two decoders were counted as six: no more were advised."""
+    assert "--max-decode-actors, up to 4" in verdict(Attempts((worked(workers={"decode": 2}),)))
+    assert "more CPUs" in verdict(Attempts((worked(workers={"decode": 4}),)))
+    assert "--max-decode-actors, up to 4" in verdict(Attempts((worked(),))), "a record of an older version"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"points": (), "ready_s": None}, {"workers": {"decode": 1}, "hardware": {"cpus": 4.0}}]
+)
+def test_a_start_with_little_to_do_changes_no_verdict(changes):
+    """It has fewer workers or none, and the report contradicted the last line of the run."""
+    long, short = worked(workers={"decode": 4}), attempt(2, **changes)
+    before = verdict(Attempts((long,)))
+    assert "more CPUs" in before
+    for attempts in ((long, short), (short, long), (fold(long, short),), (fold(short, long),)):
+        assert verdict(Attempts(attempts)) == before
+    assert verdict(Attempts((short,))) == verdict(Attempts()) == TOO_SHORT
+
+
+def test_machines_that_have_joined_are_recorded_at_the_end_of_the_work(tmp_path, monkeypatch):
+    """The last line of a run knew them, and the report did not."""
+    nodes = [{"Resources": {"CPU": 64.0, "GPU": 1.0}, "Alive": True, "NodeID": each} for each in "abcd"]
+    monkeypatch.setattr("ray.nodes", lambda: nodes[:1])
+    with recorded(Folder(str(tmp_path)), is_begun=True, run="digest") as record:
+        record.connected(Cluster(nodes_alive()))
+        monkeypatch.setattr("ray.nodes", lambda: nodes)
+        record.look_again()
+    assert record.all.all[-1].hardware["accelerators"] == 4.0
 
 
 def test_nothing_is_invented_for_a_run_without_records():
@@ -131,10 +183,10 @@ def test_a_recorder_writes_from_the_start_and_says_how_the_attempt_ended(tmp_pat
         (first,) = read_attempts(folder)
         assert first.reason is None and first.versions["python"] and first.model == "m"
         record.end_phase("open the output")
-        record.note(0, {}, {}, {})
-        record.note(3, {"caption": {"a": WorkerLoad(1.0, 0.0)}}, {"w": 1}, {"int8: all": 1})
+        record.note(0, {}, (), {}, {})
+        record.note(3, {"caption": {"a": WorkerLoad(1.0, 0.0)}}, {"a"}, {"w": 1}, {"int8: all": 1})
         record.begin_driver()
-        record.note(4, {"caption": {"b": WorkerLoad(2.0, 0.0)}}, {"w": 2}, {"int8: all": 2})
+        record.note(4, {"caption": {"b": WorkerLoad(2.0, 0.0)}}, {"b"}, {"w": 2}, {"int8: all": 2})
         raise StoppedBySignal(signal.SIGTERM)
     (last,) = read_attempts(folder)
     assert (last.rows, last.points[-1].busy_s, last.warnings) == (7, {"caption": 3.0}, {"w": 3})
@@ -192,7 +244,7 @@ def test_an_attempt_knows_those_before_it_and_totals_count_all(tmp_path):
     with recorded(folder, is_begun=True, run="digest") as record:
         earlier = record.earlier
         assert ([a.id for a in earlier], earlier.shard_rows) == (["0001"], 50.0)
-        record.note(3, {"caption": {"a": WorkerLoad(1.0, 0.0)}}, {}, {}, shard_rows=60.0)
+        record.note(3, {"caption": {"a": WorkerLoad(1.0, 0.0)}}, (), {}, {}, shard_rows=60.0)
     assert (record.all.rows, record.all.shard_rows) == (earlier.rows + 3, 60.0)
     assert record.all.rows == read_attempts(folder).rows
     said = total_line(record.all)

@@ -9,7 +9,6 @@ from pipeline.run.bottleneck import (
     Machines,
     busy_fractions,
     describe_bottleneck,
-    describe_run,
 )
 
 TWO_CORES = Machines(num_cpus=2, num_accelerators=0, num_workers={"caption": 1, "decode": 2})
@@ -59,15 +58,3 @@ def test_a_worker_that_is_gone_counts_no_longer_as_one_with_nothing_to_do():
     assert found["caption"] == {"a-1": WorkerLoad(10.0, 11.0), "b-1": WorkerLoad(90.0, 100.0)}
     assert existences.end(loads, ()) == found, "at the end the others are let go"
     assert Existences().end(loads, ()) == loads
-
-
-def test_workers_count_once_however_long_they_waited_for_the_model():
-    """The model loads for 200 of 300 s, and two decoders were counted as six: no more were advised."""
-    loads = {"decode": {"a": WorkerLoad(270, 300), "b": WorkerLoad(270, 300)}}
-    assert "--max-decode-actors, up to 4" in describe_run(loads, 100, {"CPU": 4.0})
-    assert describe_run({}, 100, {"CPU": 4.0}) == TOO_SHORT
-
-
-def test_accelerators_that_have_joined_the_cluster_take_more_actors():
-    loads = {"caption": {"a": WorkerLoad(290, 300)}}
-    assert "--max-actors, up to 4" in describe_run(loads, 300, {"CPU": 64.0, "GPU": 4.0})
