@@ -38,14 +38,21 @@ class UnnamedFile:
         while num_bytes:
             part = os.pread(self._descriptor, num_bytes, start)
             if not part:
-                raise OSError(f"a temporary file below {tempfile.gettempdir()} has lost its content")
+                raise _lost()
             parts.append(part)
             start, num_bytes = start + len(part), num_bytes - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_into(self, buffer: Any, start: int) -> int:
         """Fill a buffer with bytes that were written, as far as there are any, and return how many."""
-        return os.preadv(self._descriptor, [buffer], start)
+        num_bytes = os.preadv(self._descriptor, [buffer], start)
+        if not num_bytes and len(buffer) and start < self.num_bytes:
+            raise _lost()
+        return num_bytes
+
+
+def _lost() -> OSError:
+    return OSError(f"a temporary file below {tempfile.gettempdir()} has lost its content")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.storage import packed_texts, spill
 from pipeline.storage.packed_texts import PackedTexts
-from pipeline.storage.spill import Spill, Spilled
+from pipeline.storage.spill import Spill, Spilled, UnnamedFile
+from pipeline.storage.whole_files import WholeFile
 
 
 def test_what_comes_after_the_first_bytes_is_in_files(monkeypatch):
@@ -67,6 +68,19 @@ def test_a_file_that_was_cut_is_an_error_and_not_other_bytes(tmp_path, monkeypat
     monkeypatch.setattr(os, "pread", lambda *_: b"")
     with pytest.raises(OSError, match="has lost its content"):
         bytes(kept)
+
+
+def test_a_cut_file_does_not_end_early():
+    """A whole file of a web server was taken for a shorter one, without a word."""
+    file = UnnamedFile()
+    file.append(b"content")
+    reader = WholeFile(file)
+    assert reader.read(7) == b"content" and reader.read(1) == reader.read() == b""
+    os.truncate(file._descriptor, 4)
+    reader.seek(0)
+    assert reader.read(7) == b"cont" and reader.read(0) == b""
+    with pytest.raises(OSError, match="has lost its content"):
+        reader.read(3)
 
 
 def test_texts_in_files_are_the_texts(monkeypatch):
