@@ -66,12 +66,13 @@ def images_of_output(
     """Yield rows of an output, each with its image, which is read again from the input.
 
     The input may have changed since the run: an image without the SHA-256 digest that its row stores is left
-    out, and the error says so. A row that comes twice has its image twice; one that comes too late has none.
+    out, and the error says so. A row that comes twice has its image twice; one that comes after a row with a
+    larger number has none, because the input is read once.
 
     Args:
         shard: the shard of the rows.
-        numbers: the numbers of the rows, in order.
-        rows: the rows, in order.
+        numbers: the numbers of the rows, in the order of the rows.
+        rows: the rows; each has its image if their numbers ascend.
         options: which column or member is the image.
         settings: how images are fetched that the shard names by their address.
 
@@ -87,6 +88,8 @@ def images_of_output(
                 image = following
             if image is not None and image.row == number:
                 found = image
+            elif image is not None and image.row > number:
+                found = RowImage(number, None, f"its row comes after row {image.row} in the output", None)
             else:
                 found = RowImage(number, None, "the input ends before it", None)
             if found.image is None:

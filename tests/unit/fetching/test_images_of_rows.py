@@ -18,8 +18,8 @@ from tests.integration.inputs import png
     ("numbers", "lost"),
     [
         ([0, 1, 1, 2, 3], []),
-        ([0, 2, 1, 3], [1]),
-        ([1, 1, 3, 7, 7], [7, 7]),
+        ([0, 2, 1, 3], [(1, "its row comes after row 2 in the output")]),
+        ([1, 1, 3, 7, 7], [(7, "the input ends before it")] * 2),
     ],
 )
 def test_a_row_that_comes_twice_or_too_late_costs_no_other(tmp_path: Path, numbers: list[int], lost) -> None:
@@ -30,5 +30,6 @@ def test_a_row_that_comes_twice_or_too_late_costs_no_other(tmp_path: Path, numbe
     rows = [{"row": n, "sha256": sha256(png(n)).digest()} for n in numbers]
     found = list(images_of_output(shard, numbers, rows, ReadOptions(), FetchSettings()))
     assert [(row["row"], image.row) for row, image in found] == [(n, n) for n in numbers]
-    assert [row["row"] for row, image in found if image.image is None] == lost
+    errors = [(image.row, image.error) for _, image in found if image.image is None]
+    assert errors == [(n, f"the image can no longer be read: {why}") for n, why in lost]
     assert all(image.image in (None, png(row["row"])) for row, image in found)
