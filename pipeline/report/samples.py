@@ -24,6 +24,8 @@ NUM_OTHERS = 36
 """Maximum number of rows in each of the other groups."""
 MAX_KEYS = 1_000_000
 """Rows that are compared with each other: of a larger output, those whose captions have the lowest hashes."""
+MAX_PARTS = 10_000
+"""Arrays that are kept side by side: one of a single row takes more than ten times the memory of the row."""
 
 
 class Smallest:
@@ -49,6 +51,8 @@ class Smallest:
             self._scores.append(scores)
             self._rows.append(rows)
             self._num_held += len(rows)
+        if len(self._rows) > MAX_PARTS:
+            self._scores, self._rows = [np.concatenate(self._scores)], [np.concatenate(self._rows)]
         if self._num_held > 2 * self._size:
             self._limit = self.sorted()[0][-1]
 
