@@ -14,7 +14,8 @@ from typing import IO, Any
 import pyarrow as pa
 
 READ_BYTES = 64 << 10
-"""Bytes of a stream that are decompressed at once: damage costs the others of its read."""
+"""Bytes of a stream that are read at once. Damage costs content before it too: of xz up to as many bytes, and
+of zstd up to 1 MiB, which Arrow decompresses at once."""
 XZ_MAGIC = b"\xfd7zXZ\x00"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 RLE_BLOCK = 1
