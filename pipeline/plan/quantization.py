@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
 
-import psutil
 import pyarrow as pa
 
 from blip2_actor import EngineConfig, Status
@@ -29,7 +28,7 @@ class Captioned:
     start: Cost
     """The cost of starting the engine."""
     engine_bytes: int
-    """Memory that this process has taken for the engine."""
+    """Memory of the tensors that the engine keeps, on all devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class QuantizationEffect:
 
     def lines(self) -> Iterator[str]:
         """Yield lines for the terminal."""
-        name = self.method.ljust(10)
+        name = f"{self.method:9} "
         if self.num_identical is not None:
             change = self.mean_logprob_change
             mean = (
@@ -110,7 +109,22 @@ def compare(spec: CaptionSpec, quantized: Captioned, plain: Captioned) -> Quanti
     )
 
 
-def resident_bytes() -> int:
-    """Return the memory of this process, after what nothing refers to is gone."""
+def tensor_bytes() -> int:
+    """Return the memory of all tensors of this process.
+
+    The memory of the process grows by imports with its first engine, keeps what an engine has freed for the
+    next one, and is none of an accelerator's.
+    """
+    import torch  # It takes seconds, and the engine needs it.
+
     gc.collect()
-    return int(psutil.Process().memory_info().rss)
+    sizes = {}
+    for found in gc.get_objects():
+        if not issubclass(type(found), torch.Tensor):
+            continue
+        if found.layout == torch.strided:
+            storage = found.untyped_storage()  # which views share
+            sizes[found.device, storage.data_ptr()] = storage.nbytes()
+        else:  # packed for oneDNN
+            sizes[found.device, id(found)] = found.nbytes
+    return sum(sizes.values())

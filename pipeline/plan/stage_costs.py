@@ -30,7 +30,7 @@ from pipeline.plan.quantization import (
     QuantizationEffect,
     compare,
     plain_spec,
-    resident_bytes,
+    tensor_bytes,
 )
 from pipeline.plan.sample import Sample
 from pipeline.settings.caption_spec import CaptionSpec
@@ -100,9 +100,9 @@ def measure_stage_costs(
 
 def _caption(spec: CaptionSpec, decoded: pa.Table, settings: CaptionSettings) -> Captioned:
     """Start an engine, and caption decoded rows into rows of the output."""
-    bytes_before = resident_bytes()
+    bytes_before = tensor_bytes()
     captioning, start = measure(CaptionStage, spec)
-    engine_bytes = resident_bytes() - bytes_before
+    engine_bytes = tensor_bytes() - bytes_before
     try:
         captioning(decoded.filter(_is_ok(decoded)).slice(0, 1))
         captioned, cost = _measure_per_row(captioning, decoded)

@@ -39,6 +39,7 @@ from pipeline.plan.make_plan import make_plan
 from pipeline.plan.model import RAY_START_S
 from pipeline.plan.plan import plan
 from pipeline.plan.prediction import predict
+from pipeline.plan.quantization import QuantizationEffect
 from pipeline.plan.sample import take_sample
 from pipeline.progress import format_bytes
 from pipeline.settings.outputs import Outputs
@@ -372,6 +373,25 @@ def test_a_plan_says_what_quantization_changes(tmp_path, monkeypatch):
     assert f"{key}: {before!r} becomes {after!r}" in printed
     assert re.search(r"images/s per actor instead of .* GiB instead of", printed)
     assert found.to_dict()["quantization"]["num_changed"] == effect.num_changed
+    assert 0 < effect.engine_bytes < effect.plain_engine_bytes
+
+
+def test_a_long_method_stands_apart_from_its_effect():
+    effect = QuantizationEffect(
+        method="int8-weights",
+        num_identical=23,
+        num_changed=1,
+        mean_logprob_change=None,
+        changed=(),
+        images_per_s=2.0,
+        plain_images_per_s=1.0,
+        engine_bytes=1 << 30,
+        plain_engine_bytes=2 << 30,
+    )
+    assert list(effect.lines()) == [
+        "int8-weights 23 captions as without it, 1 changed",
+        "          2.0 images/s per actor instead of 1.0; 1.00 GiB instead of 2.00",
+    ]
 
 
 def test_a_plan_without_quantization_compares_nothing(tmp_path):
