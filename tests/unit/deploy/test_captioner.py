@@ -172,9 +172,17 @@ def test_batch_work_keeps_the_names_by_which_it_travels() -> None:
     """Gateways and captioners of two versions meet while an endpoint is updated."""
     asked = TextToGenerate(prompt=None, options=GenerationOptions())
     texts, scores = (TextOfBatch(0, asked),), (ScoreOfBatch(1, TextToScore(text="a")),)
-    assert {type(one).__module__ for one in (*texts, *scores)} == {"deploy.work"}
-    travels = asdict(BatchWork(texts=texts, scores=scores, features=(2,)))
-    assert travels == {
+    work = BatchWork(texts=texts, scores=scores, features=(2,))
+    classes = [type(one) for one in (work, *texts, texts[0].text, *scores, scores[0].text)]
+    assert {one.__module__ for one in classes} == {"deploy.work"}
+    assert [one.__qualname__ for one in classes] == [
+        "BatchWork",
+        "TextOfBatch",
+        "TextToGenerate",
+        "ScoreOfBatch",
+        "TextToScore",
+    ]
+    assert asdict(work) == {
         "texts": ({"image": 0, "text": asdict(asked)},),
         "scores": ({"image": 1, "text": {"text": "a", "prompt": None}},),
         "features": (2,),

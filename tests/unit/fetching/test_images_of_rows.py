@@ -11,21 +11,20 @@ from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.images_of_rows import images_of_output
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
-from tests.integration.inputs import png
+from tests.integration.inputs import png, write_tars
 
 
 @pytest.mark.parametrize(
     ("numbers", "lost"),
     [
         ([0, 1, 1, 2, 3], []),
-        ([0, 2, 1, 3], [(1, "its row comes after row 2 in the output")]),
+        ([0, 2, 1, 3, 4], [(1, "its row comes after row 2 in the output")]),
         ([1, 1, 3, 7, 7], [(7, "the input ends before it")] * 2),
     ],
 )
 def test_a_row_that_comes_twice_or_too_late_costs_no_other(tmp_path: Path, numbers: list[int], lost) -> None:
     """All rows after it had no image."""
-    for n in range(4):
-        (tmp_path / f"{n}.png").write_bytes(png(n))
+    write_tars(tmp_path, 1, 5)
     (shard,) = list_shards([str(tmp_path)])
     rows = [{"row": n, "sha256": sha256(png(n)).digest()} for n in numbers]
     found = list(images_of_output(shard, numbers, rows, ReadOptions(), FetchSettings()))

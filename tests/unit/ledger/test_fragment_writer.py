@@ -99,6 +99,42 @@ def test_rows_that_a_failed_call_does_not_write_are_held_no_longer(folder, monke
     assert (fragment.first, fragment.count, writer.num_held) == (5, 1, 0)
 
 
+def test_a_call_that_fails_takes_only_its_own_rows_out_of_a_fragment_that_it_shares(folder, monkeypatch):
+    writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
+    write_fragment = Ledger.write_fragment
+
+    def write(ledger: Ledger, table: pa.Table) -> None:
+        if table["shard"][0].as_py() == "a":
+            raise OSError("full")
+        write_fragment(ledger, table)
+
+    monkeypatch.setattr(Ledger, "write_fragment", write)
+    has_rows = threading.Event()
+    add = writer._add
+
+    def add_and_tell(part):
+        batch = add(part)
+        has_rows.set()
+        return batch
+
+    monkeypatch.setattr(writer, "_add", add_and_tell)
+
+    def share():
+        with writer.call():
+            writer.write(rows(range(5, 7), shard="b"))
+
+    shares = threading.Thread(target=share, daemon=True)
+    with writer.call():  # a call that has nothing to write yet
+        shares.start()
+        assert has_rows.wait(LONG_S)
+        with writer.call(), pytest.raises(OSError, match="full"):
+            writer.write(pa.concat_tables([rows(range(4), shard="a"), rows(range(1), shard="b")]))
+        assert writer.num_held == 2
+    shares.join(LONG_S / 4)
+    (fragment,) = list_shard_files(folder, "b", 0).fragments
+    assert (fragment.first, fragment.last, fragment.count, writer.num_held) == (5, 6, 2, 0)
+
+
 def test_counts_are_right_when_a_call_hears_that_its_rows_are_written(folder):
     writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
     seen = []

@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 from pipeline.errors import OutputInUse
 from pipeline.ledger.layout import LEASE
-from pipeline.ledger.lease import Holder, Lease, read_holder
+from pipeline.ledger.lease import Holder, Lease, _process_start, read_holder
 from pipeline.storage.folder import Folder
 
 
@@ -124,7 +125,15 @@ def test_a_process_is_known_by_its_start_and_not_by_what_it_does():
     me = Holder.of_this_process()
     with mmap.mmap(-1, 64 << 20):
         assert not me.is_known_dead
-    assert replace(me, pid=1).is_known_dead
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            living = replace(me, pid=other.pid, process_start=_process_start(other.pid) or "")
+            assert replace(me, pid=other.pid).is_known_dead and not living.is_known_dead
+        finally:
+            other.kill()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        assert living.is_known_dead, "although nobody has asked for its exit code"
+    assert replace(me, pid=other.pid).is_known_dead and living.is_known_dead
 
 
 def test_a_driver_whose_lease_was_taken_notices_and_leaves_it_alone(folder):

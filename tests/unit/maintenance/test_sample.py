@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.fetching import images_of_rows
@@ -37,3 +38,17 @@ def test_each_row_is_named_whose_image_is_not_read(tmp_path: Path, monkeypatch: 
     assert [row.image for row in rows] == [png(0), png(1), None, None]
     problem = "its image cannot be read: the disk is gone"
     assert [row.problem for row in rows] == [None, None, problem, problem]
+
+
+def test_rows_that_are_not_in_the_order_of_their_numbers_have_their_images(tmp_path: Path) -> None:
+    write_tars(tmp_path / "in", 1, 4)
+    write_run(tmp_path / "in", tmp_path / "out")
+    (path,) = (tmp_path / "out").rglob("*.parquet")
+    pq.write_table(pq.read_table(path).take([2, 0, 3, 1]), path)
+    folder = Folder(str(tmp_path / "out"))
+    run = Ledger(folder).require_run()
+    (shard,) = run.shards
+    rows = list(sample_rows(folder, run, {shard.name: Summary(shard.name, 4, {"ok": 4})}, 4))
+    assert [(row.columns["row"], row.image, row.problem) for row in rows] == [
+        (n, png(n), None) for n in range(4)
+    ]
