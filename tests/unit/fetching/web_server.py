@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 Answer = bytes | int | tuple[int, dict[str, str]]
 """A body, a status, or a status with headers."""
+
+
+class ClosingServer(ThreadingHTTPServer):
+    """Ends with its threads: it closes the connections that clients keep."""
+
+    daemon_threads = False  # so that they are waited for
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self._connections: list[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.append(request)
+        super().process_request(request, client_address)
+
+    def server_close(self) -> None:
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
 
 @dataclass
@@ -66,8 +88,7 @@ def web_server(
             self.end_headers()
             self.wfile.write(body)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
+    with ClosingServer(Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         site.url = f"http://127.0.0.1:{server.server_port}"
         yield site

@@ -3,7 +3,9 @@
 import hashlib
 import io
 import threading
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,15 +30,23 @@ def table_of(num_rows: int, **columns) -> pa.Table:
     return decoded(map(pixels_of, range(num_rows)), **columns)
 
 
-def stage(**engine) -> CaptionStage:
-    return CaptionStage(CaptionSpec(engine=FakeEngineConfig(**engine)))
+@pytest.fixture
+def stage() -> Iterator[Callable[..., CaptionStage]]:
+    """Makes stages, which end with the test."""
+    with ExitStack() as made:
+
+        def make(outputs: Outputs = Outputs(), **engine: Any) -> CaptionStage:
+            spec = CaptionSpec(engine=FakeEngineConfig(**engine), outputs=outputs)
+            return made.enter_context(closing(CaptionStage(spec)))
+
+        yield make
 
 
 def caption_of(n: int) -> str:
     return fake_caption(pixels_of(n))
 
 
-def test_pieces_come_in_order_and_are_no_larger_than_requested():
+def test_pieces_come_in_order_and_are_no_larger_than_requested(stage):
     table = table_of(25)
     captioning = stage()
     pieces = list(captioning.finish_rows(table, range(25), piece_rows=10))
@@ -47,14 +57,14 @@ def test_pieces_come_in_order_and_are_no_larger_than_requested():
     assert all(PIXELS not in row for row in rows)
 
 
-def test_columns_of_views_are_kept():
+def test_columns_of_views_are_kept(stage):
     """Arrow takes no rows of a view: Polars writes its strings so, and the job ended."""
     views = {"text": pa.array(["a", "b"], pa.string_view()), "jpg": pa.array([b"1", b"2"], pa.binary_view())}
     table = stage()(table_of(2, **views))
     assert (table["text"].to_pylist(), table["jpg"].to_pylist()) == (["a", "b"], [b"1", b"2"])
 
 
-def test_a_kept_column_may_be_larger_than_a_chunk_of_arrow():
+def test_a_kept_column_may_be_larger_than_a_chunk_of_arrow(stage):
     """All rows of such a call failed: offset overflow while concatenating arrays."""
     offsets = pa.py_buffer(np.array([0, 140 << 20], np.int32))
     large = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(bytes(140 << 20))])
@@ -64,7 +74,7 @@ def test_a_kept_column_may_be_larger_than_a_chunk_of_arrow():
     assert len(captioning.with_results(table, piece)["jpg"][0].as_buffer()) == 140 << 20
 
 
-def test_finished_rows_are_yielded_while_another_row_takes_long(tmp_path):
+def test_finished_rows_are_yielded_while_another_row_takes_long(stage, tmp_path):
     """Otherwise the finished rows of a call are lost if it dies in its slow row."""
     gate = tmp_path / "gate"
     gate.touch()
@@ -78,7 +88,7 @@ def test_finished_rows_are_yielded_while_another_row_takes_long(tmp_path):
     assert [row for piece in pieces for row, _ in piece] == [3, 4]
 
 
-def test_a_row_that_failed_before_is_not_given_to_the_engine(tmp_path):
+def test_a_row_that_failed_before_is_not_given_to_the_engine(stage, tmp_path):
     table = table_of(2, status=pa.array(["ok", "too_large"]), error=pa.array([None, "too many pixels"]))
     captioning = stage(trace=str(tmp_path))
     rows = captioning(table).to_pylist()
@@ -86,14 +96,14 @@ def test_a_row_that_failed_before_is_not_given_to_the_engine(tmp_path):
     assert captioning.actor.stats().num_requests == 1
 
 
-def test_a_fault_of_the_engine_is_not_a_bad_row():
+def test_a_fault_of_the_engine_is_not_a_bad_row(stage):
     rows = stage(refuses_on=(caption_of(1),))(table_of(3)).to_pylist()
     assert [row["status"] for row in rows] == ["ok", "refused", "ok"]
     with pytest.raises(EngineFault, match="the device is gone"):
         stage(faults_on=(caption_of(1),))(table_of(3))
 
 
-def test_calls_of_several_threads_share_the_engine():
+def test_calls_of_several_threads_share_the_engine(stage):
     captioning = stage(seconds_per_batch=0.01)
     results: dict[int, list] = {}
 
@@ -110,7 +120,7 @@ def test_calls_of_several_threads_share_the_engine():
     assert captioning.actor.stats().num_encode_calls < 30
 
 
-def test_decoding_keeps_the_failures_of_reading_and_drops_encoded_bytes():
+def test_decoding_keeps_the_failures_of_reading_and_drops_encoded_bytes(stage):
     table = pa.table(
         {
             "key": list("abcd"),
@@ -131,11 +141,11 @@ def test_decoding_keeps_the_failures_of_reading_and_drops_encoded_bytes():
 
 
 @pytest.mark.parametrize("regenerate", [False, True])
-def test_rows_of_truncated_images_are_flagged_if_these_are_accepted(regenerate):
+def test_rows_of_truncated_images_are_flagged_if_these_are_accepted(stage, regenerate):
     """Regenerating a caption finds its flags anew, and must keep this one."""
     jpeg = encode(noise(64, 64), "JPEG")
     table = pa.table({"image": [jpeg, jpeg[:-20], BROKEN]})
-    captioning = CaptionStage(CaptionSpec(engine=FakeEngineConfig(), outputs=Outputs(regenerate=regenerate)))
+    captioning = stage(outputs=Outputs(regenerate=regenerate))
     rows = []
     for accepts in (False, True):
         with closing(DecodeStage(SIZE_PX, ImageLimits(accept_truncated=accepts), "image")) as decoding:

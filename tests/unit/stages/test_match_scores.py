@@ -67,6 +67,7 @@ def test_captions_and_texts_are_matched_in_the_same_run(kind: ScoreKind, folder,
     matcher = stage._embeddings_and_scores._matcher
     assert matcher is not None and matcher.stats().num_images_encoded == 3, "once for both columns"
     assert stage.busy_s > stage.actor.stats().busy_s
+    stage.close()
 
 
 def test_a_run_that_makes_only_scores_loads_only_the_retrieval_checkpoint(folder, config, pictures):
@@ -81,6 +82,7 @@ def test_a_run_that_makes_only_scores_loads_only_the_retrieval_checkpoint(folder
     assert table["score"].to_pylist()[:2] == pytest.approx(right, abs=0.02), "bfloat16 may be the default"
     assert "caption" not in table.column_names
     assert stage.busy_s > 0
+    stage.close()
 
 
 def test_the_checkpoint_and_the_kind_are_in_the_fingerprint(folder):

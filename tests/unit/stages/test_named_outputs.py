@@ -1,9 +1,13 @@
 """A value in the wrong column or row, or an image encoded twice, would only show in a week's results."""
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from blip2_actor import EngineConfig, GenerationOptions, ImageLike, Request
 from blip2_actor.demo.scenes import SceneSampler, draw
@@ -19,8 +23,17 @@ EMBEDS: dict[str, EmbedKind] = {"seen": "vision", "mean": "qformer", "all": "que
 DEMO = EngineConfig(model="demo", dtype="float32", num_threads=1, skip_self_test=True)
 
 
-def stage(outputs: Outputs, **spec) -> CaptionStage:
-    return CaptionStage(CaptionSpec(**{"engine": FakeEngineConfig()} | spec, outputs=outputs))
+@pytest.fixture
+def stage() -> Iterator[Callable[..., CaptionStage]]:
+    """Makes stages, which end with the test."""
+    with ExitStack() as made:
+
+        def make(outputs: Outputs, engine: Any = FakeEngineConfig(), **spec: Any) -> CaptionStage:
+            return made.enter_context(
+                closing(CaptionStage(CaptionSpec(engine=engine, outputs=outputs, **spec)))
+            )
+
+        yield make
 
 
 def vector(image: np.ndarray, kind: EmbedKind) -> list:
@@ -33,7 +46,7 @@ def vector(image: np.ndarray, kind: EmbedKind) -> list:
     return (queries if kind == "queries" else queries.mean(axis=0)).tolist()
 
 
-def test_every_named_column_has_the_values_of_its_row_and_each_image_is_encoded_once():
+def test_every_named_column_has_the_values_of_its_row_and_each_image_is_encoded_once(stage):
     outputs = Outputs.of(ASKS, EMBEDS, {"fit": "caption", "sure": "color", "alt": "text"})
     texts = ["a cat", None, "a dog"]
     captioning = stage(outputs, prompt="a photo of")
@@ -50,20 +63,19 @@ def test_every_named_column_has_the_values_of_its_row_and_each_image_is_encoded_
     assert captioning.actor.stats().num_requests == 9
 
 
-def test_the_real_engine_encodes_each_image_once():
+def test_the_real_engine_encodes_each_image_once(stage):
     outputs = Outputs.of(ASKS, {"mean": "qformer"}, {"fit": "caption"})
     images = np.asarray(draw(SceneSampler("held_out", 0).sample(3), 64))
     captioning = stage(outputs, engine=DEMO, options=GenerationOptions(max_new_tokens=30))
     rows = captioning(decoded(images)).to_pylist()
     assert captioning.actor.stats().num_images_encoded == 3
-    captioning.actor.close()
     for row in rows:
         assert row["status"] == "ok"
         assert abs(row["fit"] - row["logprob"]) < 1e-3, "the score of a caption is its log-probability"
         assert row["color"] is not None and any(row["mean"])
 
 
-def test_images_are_released_with_their_piece(monkeypatch):
+def test_images_are_released_with_their_piece(stage, monkeypatch):
     """An encoded image holds memory of the device, and a call has hundreds of them."""
     images = np.asarray(draw(SceneSampler("held_out", 0).sample(6), 64))
     outputs = Outputs.of(ASKS, {"mean": "qformer"})
@@ -83,7 +95,7 @@ def test_images_are_released_with_their_piece(monkeypatch):
     assert [reference() is None for reference in references] == [True] * 3 + [False] * 3
 
 
-def test_a_row_that_has_failed_has_no_named_values():
+def test_a_row_that_has_failed_has_no_named_values(stage):
     outputs = Outputs.of({"color": ASKS["color"]}, EMBEDS, {"alt": "text"})
     table = decoded(
         map(pixels_of, range(3)),
@@ -97,7 +109,7 @@ def test_a_row_that_has_failed_has_no_named_values():
         assert [row[name] is None for row in rows] == [True, False, True], name
 
 
-def test_each_row_has_its_own_prompt_next_to_the_asks():
+def test_each_row_has_its_own_prompt_next_to_the_asks(stage):
     table = decoded(map(pixels_of, range(2)), own_prompt=["one", "two"])
     rows = stage(Outputs.of(ASKS), prompt_column="own_prompt")(table).to_pylist()
     assert [row["caption"] for row in rows] == [
@@ -106,7 +118,7 @@ def test_each_row_has_its_own_prompt_next_to_the_asks():
     assert [row["shape"] for row in rows] == [fake_caption(pixels_of(n), ASKS["shape"]) for n in range(2)]
 
 
-def test_several_captions_are_made_but_one_text_per_answer(monkeypatch):
+def test_several_captions_are_made_but_one_text_per_answer(stage, monkeypatch):
     """More texts per answer would take slots and be thrown away."""
     options = GenerationOptions(num_beams=3, num_return_sequences=3)
     captioning = stage(Outputs.of(ASKS), options=options)
@@ -124,7 +136,7 @@ def test_several_captions_are_made_but_one_text_per_answer(monkeypatch):
     assert [(one.num_beams, one.num_return_sequences) for one in seen] == [(3, 3), (3, 1), (3, 1)]
 
 
-def test_without_captions_no_text_is_requested():
+def test_without_captions_no_text_is_requested(stage):
     captioning = stage(Outputs(caption=False, embed=("v=vision",)))
     table = captioning(decoded(map(pixels_of, range(4))))
     assert table["v"].to_pylist() == [vector(pixels_of(n), "vision") for n in range(4)]
@@ -133,7 +145,7 @@ def test_without_captions_no_text_is_requested():
     assert {"flags", "status", "error", "width", "height", "sha256"} <= set(table.column_names)
 
 
-def test_pieces_have_the_outputs_that_are_made_for_several_rows_at_once():
+def test_pieces_have_the_outputs_that_are_made_for_several_rows_at_once(stage):
     captioning = stage(Outputs.of(embeds=EMBEDS))
     table = decoded(map(pixels_of, range(5)))
     pieces = list(captioning.finish_rows(table, range(5), piece_rows=2))
@@ -142,7 +154,7 @@ def test_pieces_have_the_outputs_that_are_made_for_several_rows_at_once():
     assert [row["seen"] for row in rows] == [vector(pixels_of(n), "vision") for n in range(5)]
 
 
-def test_rows_are_left_out_when_the_job_stops_while_its_endpoint_is_gone(monkeypatch):
+def test_rows_are_left_out_when_the_job_stops_while_its_endpoint_is_gone(stage, monkeypatch):
     """It is no fault of the engine, which would end the process and count against these rows."""
     captioning = stage(Outputs.of(embeds=EMBEDS))
     table = decoded(map(pixels_of, range(4)))
@@ -161,7 +173,7 @@ def test_rows_are_left_out_when_the_job_stops_while_its_endpoint_is_gone(monkeyp
     assert [position for piece in pieces for position, _ in piece] == [0, 1]
 
 
-def test_only_captions_with_flags_are_generated_again():
+def test_only_captions_with_flags_are_generated_again(stage):
     table = decoded(map(pixels_of, range(2)), own_prompt=pa.array(["a photo of", None]))
     flagged = stage(Outputs(), prompt_column="own_prompt")(table).to_pylist()
     assert [row["flags"] for row in flagged] == [["echoes_prompt"], []]

@@ -1,9 +1,13 @@
 """Identical images share their texts on request; a text of another image or prompt would be wrong."""
 
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, closing
+from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from blip2_actor import Result, Status
 from blip2_actor.testing import FakeEngineConfig, fake_caption
@@ -16,11 +20,18 @@ from tests.unit.stages.decoded_tables import decoded, pixels_of
 QUESTION = "Question: what color? Answer:"
 
 
-def stage(**spec) -> CaptionStage:
-    return CaptionStage(CaptionSpec(**{"engine": FakeEngineConfig()} | spec))
+@pytest.fixture
+def stage() -> Iterator[Callable[..., CaptionStage]]:
+    """Makes stages, which end with the test."""
+    with ExitStack() as made:
+
+        def make(engine: Any = FakeEngineConfig(), **spec: Any) -> CaptionStage:
+            return made.enter_context(closing(CaptionStage(CaptionSpec(engine=engine, **spec))))
+
+        yield make
 
 
-def test_identical_images_are_captioned_once_on_request():
+def test_identical_images_are_captioned_once_on_request(stage):
     table = decoded(pixels_of(n % 3) for n in range(12))
     for reuse, num_requests in ((False, 24 + 6), (True, 6)):
         captioning = stage(outputs=Outputs.of({"color": QUESTION}), reuse_identical=reuse)
@@ -31,7 +42,7 @@ def test_identical_images_are_captioned_once_on_request():
         assert [row["color"] for row in rows] == [fake_caption(pixels_of(n % 3), QUESTION) for n in range(12)]
 
 
-def test_identical_bytes_with_other_pixels_or_another_prompt_are_another_image():
+def test_identical_bytes_with_other_pixels_or_another_prompt_are_another_image(stage):
     """Images of one palette index had the caption of the first, whatever color their palettes give it."""
     images, prompts = [pixels_of(0), pixels_of(0), pixels_of(1)], ["one", "two", "two"]
     table = decoded(images, own_prompt=prompts, sha256=pa.array([b"same"] * 3))
@@ -41,7 +52,7 @@ def test_identical_bytes_with_other_pixels_or_another_prompt_are_another_image()
     assert captioning.actor.stats().num_requests == 3
 
 
-def test_calls_of_several_threads_share_one_request(tmp_path):
+def test_calls_of_several_threads_share_one_request(stage, tmp_path):
     gate = tmp_path / "gate"
     gate.touch()
     captioning = stage(engine=FakeEngineConfig(gate=str(gate)), reuse_identical=True)

@@ -67,3 +67,4 @@ def test_a_text_that_is_no_utf8_fails_alone():
     assert rows["row"].to_pylist() == [0, 1, 2, 3, 4]
     assert rows["label"].to_pylist() == [7, 7, None, 7, 7]
     assert rows["error"][2].as_py().startswith("the row cannot be written: UnicodeEncodeError")
+    stage.close()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from random import Random
 
 import fsspec
@@ -23,6 +23,7 @@ from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.inputs.size_estimate import estimate_size
 from pipeline.inputs.stamps import read_unchanged
 from pipeline.storage import retrying, retrying_file, whole_files
+from tests.unit.fetching.web_server import ClosingServer
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
 random = Random(0)
@@ -90,7 +91,7 @@ def hang_up(server: Server) -> None:
 def shard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shard]:
     monkeypatch.setattr(Server, "num_gets", 0)
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.001)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+    with ClosingServer(Server) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         root = f"http://127.0.0.1:{server.server_port}"
         yield Shard(name="s", format="webdataset", root=root, files=("a.tar",))

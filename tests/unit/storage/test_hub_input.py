@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs
 
 import pytest
@@ -15,6 +15,7 @@ from huggingface_hub import HfFileSystem, constants
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.stamps import read_unchanged
+from tests.unit.fetching.web_server import ClosingServer
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
 REPO, COMMIT = "me/set", "0" * 40
@@ -76,8 +77,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.daemon_threads = True
+    with ClosingServer(Hub) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(constants, "ENDPOINT", url)

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -58,6 +58,9 @@ class Replicas:
 class EngineService(Service):
     """Decodes in this process, and admits nearly everything; it notes what was admitted."""
 
+    open_ones: ClassVar[list[EngineService]] = []
+    """FastAPI keeps some of the last services that were made: none ends by itself."""
+
     def __init__(
         self,
         engine: EngineBuilder = FakeEngineConfig(model="demo"),
@@ -85,6 +88,17 @@ class EngineService(Service):
         self.num_in_flight = 0
         self.full: ApiError | None = None
         """Raised in place of admitting."""
+        self.open_ones.append(self)
+
+    def close(self) -> None:
+        """End the threads and the processes."""
+        captioners: list[Any] = [self.captioner, *self._models._others.values()]
+        for captioner in captioners:
+            captioner.__del__()
+            captioner._threads.shutdown()
+            captioner._threads_of_batches.shutdown()
+        self._decoding.close()
+        self._fetching.close()
 
     @asynccontextmanager
     async def serve(self, cost: Cost | None) -> AsyncIterator[None]:
