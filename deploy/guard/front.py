@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deploy import APPLICATION
 from deploy.guard.access import ADMIN_PATHS
 from deploy.guard.connection import install
-from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
+from deploy.guard.request_headers import check_headers, for_serve, request_id_of
 from deploy.guard.uploads import PASSED_BODY, Body, Uploads, give_back_large_memory
 from deploy.http.errors import (
     BEING_SERVED,
@@ -129,14 +129,14 @@ class Front:
         return unavailable("the gateway of this request has ended")
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = for_serve(scope["headers"])
-        given, counts = dict(headers), _counts(scope)
+        scope = {**scope, "headers": for_serve(scope["headers"])}
+        given, counts = dict(scope["headers"]), _counts(scope)
         # Serve and the gateway know no HEAD; the server drops the body of its answer.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         body = Body(self._uploads, _client_of(scope), receive, given, is_counted=counts)
         answer = Answer(send)
         try:
-            await self._serve_with({**scope, "headers": headers, "method": method}, body, answer)
+            await self._serve_with({**scope, "method": method}, body, answer)
         except Exception:
             if answer.code is not None:
                 raise
@@ -148,9 +148,7 @@ class Front:
                 self._limit.learn(self._uploads.num_complete, answer)
         elif not body.has_left:
             error = body.refusal or await self._in_place_of(scope, answer.held_back)
-            response = self._in_place(scope, error)
-            response.headers["X-Request-ID"] = given[REQUEST_ID].decode()
-            await response(scope, receive, send)
+            await self._in_place(scope, error)(scope, receive, send)
 
     async def _serve_with(self, scope: Scope, body: Body, answer: Answer) -> None:
         """Have Serve answer a request; a small body goes with it."""
@@ -167,7 +165,9 @@ class Front:
         FRONT_ANSWERS.inc(1, {"code": str(error.code), "type": error.type})
         fields = {"method": scope["method"], "code": error.code, "error_type": error.type}
         logger.info("answered by the front", extra=fields)
-        return error.response()
+        response = error.response()
+        response.headers["X-Request-ID"] = request_id_of(scope["headers"]).decode()
+        return response
 
 
 class LearnedLimit:

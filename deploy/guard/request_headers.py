@@ -68,8 +68,14 @@ def for_serve(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes
     """Return the headers without those that steer Serve's proxy, and with a request id."""
     kept = [(name, value) for name, value in headers if not _FOR_SERVE_ONLY.fullmatch(name)]
     if not any(name == REQUEST_ID for name, _ in kept):
-        kept.append((REQUEST_ID, secrets.token_hex(16).encode()))
+        kept.append((REQUEST_ID, request_id_of(kept)))
     return kept
+
+
+def request_id_of(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """Return the request id that the client has given, or a new one if there is none or it is refused."""
+    given = dict(headers).get(REQUEST_ID, b"")
+    return given if _REQUEST_ID_VALUE.fullmatch(given) else secrets.token_hex(16).encode()
 
 
 def _shown(value: bytes) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import pickle
+import re
 import weakref
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -96,6 +97,19 @@ def test_what_would_be_read_two_ways_or_decoded_slowly_is_refused(headers: Any, 
     answer = ask(Front(serve), content=b"x", headers=headers)
     assert error_of(answer)[0] == code
     assert not serve.scopes
+
+
+@pytest.mark.parametrize(
+    ("headers", "request_id"),
+    [
+        ({"x-request-id": "mine", "content-encoding": "gzip"}, "mine"),
+        ({"content-encoding": "gzip"}, "[0-9a-f]{32}"),
+        ({"x-request-id": "a b"}, "[0-9a-f]{32}"),
+    ],
+)
+def test_a_refusal_has_a_request_id(headers: dict[str, str], request_id: str) -> None:
+    """As all answers of the gateway have, so that a caller finds out which of its requests was refused."""
+    assert re.fullmatch(request_id, ask(Front(Proxy()), headers=headers).headers["x-request-id"])
 
 
 def test_utf8_may_be_named() -> None:
