@@ -154,6 +154,8 @@ def explain(
         return _unknown_field(path, list(known), options) if len(place) == 1 else f"{path} is not a field"
     if wrong["type"] == "missing":
         return f"{path} must be given"
+    if wrong["type"] == "union_tag_not_found":  # of a part of a message
+        return f"{path}.type must be given"
     if wrong["type"].startswith(("value_error", "union_tag")):
         return f"{path}: {re.sub('^(Value error, |Input )', '', wrong['msg'])}"
     rule = re.sub(r"^(Input|String|List|Dictionary) should | after validation", "", wrong["msg"])
@@ -174,7 +176,16 @@ _Errors = list[tuple[_Place, Any]]
 def _meant(errors: _Errors) -> _Errors:
     """Leave out what is wrong for a kind of value that lacks a field which another kind has."""
     known = {place for place, one in errors if one["type"] != _UNKNOWN}
-    others = {one["loc"][:-1] for place, one in errors if one["type"] == _UNKNOWN and place in known}
+    unknown_of: dict[_Place, dict[_Place, set[_Place]]] = {}  # by the value, then by its kind
+    for place, one in errors:
+        if one["type"] in (_UNKNOWN, "missing"):
+            unknown = unknown_of.setdefault(place[:-1], {}).setdefault(one["loc"][:-1], set())
+            if one["type"] == _UNKNOWN:
+                unknown.add(place)
+    others: set[_Place] = set()
+    for kinds in unknown_of.values():
+        unknown_to_all = frozenset.intersection(*map(frozenset, kinds.values()))
+        others |= {kind for kind, unknown in kinds.items() if unknown & known or unknown - unknown_to_all}
     return [(place, one) for place, one in errors if one["loc"][:-1] not in others] or errors
 
 

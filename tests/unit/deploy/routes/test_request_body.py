@@ -270,9 +270,11 @@ def chat_with(part: object) -> dict[str, object]:
             "query.image must be a valid string, got 5",
         ),
         ("/v1/rerank", {"query": {"imge": "x"}, "documents": ["a"]}, "query.imge is not a field"),
+        ("/v1/rerank", {"query": {"image": "AAAA", "id": 1}, "documents": ["a"]}, "query.id is not a field"),
         ("/v1/rerank", {"query": "a", "documents": [{"text": 5}]}, "documents.0.text must be a valid string"),
         ("/v1/chat/completions", chat_with(5), "messages.0.content must be a valid string, got 5"),
         ("/v1/chat/completions", chat_with([{"type": "text"}]), "messages.0.content.0.text must be given"),
+        ("/v1/chat/completions", chat_with([{"text": "x"}]), "messages.0.content.0.type must be given"),
         (
             "/v1/chat/completions",
             chat_with([{"type": "image_url", "image_url": {"url": "x", "detail": "y"}}]),
