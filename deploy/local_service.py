@@ -87,7 +87,6 @@ def set_ray_environment() -> None:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
     # Ray gives its workers the niceness 15, and so what else runs on this machine 28 times their CPU time.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # The workers of Serve differ from those that Ray would start ahead, and no task would use these.

@@ -217,4 +217,4 @@ def check_logs_and_metrics(said: str, answer: httpx.Response) -> None:
         text = httpx.get(found[2]).text
         return re.search(counted, text) is not None and all(name in text for name in names)
 
-    wait_for(all_are_there)
+    wait_for(all_are_there, seconds=40)

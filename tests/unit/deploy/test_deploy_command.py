@@ -147,6 +147,20 @@ def test_nothing_imports_ray_before_its_token_is_set() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
+def test_gauges_are_shown_from_one_health_check_to_the_next() -> None:
+    """Health checks set them, and Ray shows each for two of its intervals: they were gone for 6 s of 10."""
+    code = """if True:
+    from deploy.local_service import set_ray_environment
+    set_ray_environment()
+    import ray
+    from deploy.app import CAPTIONER, GATEWAY
+    interval_s = ray._config.metrics_report_interval_ms() / 1000
+    checks_s = [one._deployment_config.health_check_period_s for one in (CAPTIONER, GATEWAY)]
+    assert interval_s >= max(checks_s), (interval_s, checks_s)"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
+
+
 def test_a_ray_that_does_not_start_ends_with_its_processes_and_no_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -27,8 +27,6 @@ MONITORING = Path(__file__).parents[4] / "deploy/kubernetes/components/monitorin
 NOT_BROUGHT_ABOUT = ("refused", "error_counter", "shadow_requests", "trial_rows")
 """In the panels that need trouble, or a model on trial."""
 SCRAPE_EVERY_S = 12
-"""Longer than the ten seconds between two health checks, which set gauges: Ray forgets a gauge when it has
-been scraped."""
 
 
 @contextmanager
