@@ -55,6 +55,7 @@ def take_passed_bodies() -> None:
     Serve has no setting for this (Ray 2.60). It also looks up the actor of the proxy for each request, which
     only a request whose body is asked for needs.
     """
+    from ray.exceptions import TaskCancelledError
     from ray.serve._private import replica
     from ray.serve._private.common import StreamingHTTPRequest
 
@@ -70,6 +71,12 @@ def take_passed_bodies() -> None:
                 await super().fetch_until_disconnect()
             else:
                 self.queue.put_nowait({"type": "http.request", "body": self._passed, "more_body": False})
+
+        async def __call__(self) -> Message:
+            try:
+                return await super().__call__()
+            except TaskCancelledError:  # the proxy has ended the request, because its client has left
+                return {"type": "http.disconnect"}
 
     of_proxy = StreamingHTTPRequest.receive_asgi_messages.fget
 

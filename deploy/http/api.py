@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 
 from deploy.http.errors import ApiError, shorten
 from deploy.http.openapi import document
+from deploy.observe.request_record import CLIENT_LEFT
 from deploy.openai.chat import chat_router
 from deploy.openai.embeddings import openai_embeddings_router
 from deploy.openai.models import models_router
@@ -54,6 +55,7 @@ def create_api(service: Service) -> FastAPI:
     document(api)
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
+    api.add_exception_handler(ClientDisconnect, _answer_nobody)
     api.add_exception_handler(Exception, _answer_anything_else)
     return api
 
@@ -90,6 +92,11 @@ def _allowed_methods(request: Request) -> str:
 
     found = [name for method, name in (("GET", "GET, HEAD"), ("POST", "POST")) if has(method)]
     return ", ".join([*found, "OPTIONS"])
+
+
+async def _answer_nobody(_: Request, __: Exception) -> Response:
+    """End a request whose client has left before the end of its body, which is no failure."""
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def _answer_anything_else(_: Request, error: Exception) -> Response:

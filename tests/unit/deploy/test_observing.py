@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.util.metrics import Counter, Histogram
 from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
 from blip2_actor import Completion, EngineStats, ModelInfo, Result
 from blip2_actor.testing import FakeEngineConfig
@@ -111,6 +112,25 @@ def test_a_request_without_an_answer_has_a_code(
         asyncio.run(run())
     assert vars(caplog.records[-1])["code"] == code
     assert seen[-1][2]["code"] == str(code)
+
+
+def test_a_client_that_leaves_in_its_body_is_no_error_in_the_log(seen: Seen) -> None:
+    """Serve logged it as a failure of the request, with a traceback."""
+
+    async def leave() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Message) -> None:
+        pass
+
+    async def run() -> None:
+        async with gateway(Handle(outputs())) as made:
+            headers = [(b"host", b"localhost"), (b"content-type", b"image/png")]
+            scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": headers}
+            await made.__serve_build_asgi_app__()(scope | {"query_string": b""}, leave, send)
+
+    asyncio.run(run())
+    assert [labels["code"] for name, _, labels in seen if "http_request" in name] == ["499"]
 
 
 def test_refused_cost_is_counted_by_reason(seen: Seen) -> None:
