@@ -45,6 +45,8 @@ class GuardedConnection(HttpToolsProtocol):
     _has_headers = False
     _cycle_before: RequestResponseCycle
     """The cycle before `cycle`; None before the second request."""
+    _served: RequestResponseCycle | None = None
+    """The cycle whose request is being served; `cycle` is that of the last request, which may wait for it."""
     _is_last = False
     """Nothing more is read; the connection ends after the answers that are under way."""
     _num_discarded = 0
@@ -57,6 +59,13 @@ class GuardedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        if self._served is not None and not self._served.response_complete:
+            self._served.disconnected = True
+            self._served.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._served = cycle
+        super()._start_asgi_task(cycle, app)
 
     @property
     def is_receiving(self) -> bool:

@@ -189,6 +189,18 @@ def test_a_body_that_is_no_body_has_no_second_answer() -> None:
     assert talk(answered_first).count(b"HTTP/1.1 ") == 1
 
 
+def test_a_client_that_leaves_ends_its_request_though_another_waits_behind_it() -> None:
+    """Only the last request of the connection was told; the one that was served had its slots to its end."""
+
+    async def leave(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        paths = (b"wait", b"later")
+        writer.writelines(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % path for path in paths)
+        await writer.drain()
+        return b""
+
+    talk(leave)  # waits for the end of all requests
+
+
 def test_trailers_are_no_headers() -> None:
     """They came behind all checks: a key that a proxy in front had taken away, or a second Host."""
     chunked = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
