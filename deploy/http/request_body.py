@@ -83,7 +83,7 @@ async def read_body(
         else:
             given = _json_fields(body) if is_json else _form_fields(header, body, fields)
         in_query = _from_texts(_query_texts(request.url.query), fields)
-        return validate(body_type, _merged(given, in_query), image_policy)
+        return validate(body_type, _with_query(given, in_query), image_policy)
 
     return await in_lane(len(body), parse)
 
@@ -283,6 +283,13 @@ def _merged(fields: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     for name in fields.keys() & others.keys():
         raise bad_request(f"{name} must be given once")
     return fields | others
+
+
+def _with_query(fields: dict[str, Any], in_query: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a body and of a query; each of the two may have some of the options."""
+    if all(isinstance(each.get("options"), dict) for each in (fields, in_query)):
+        fields = fields | {"options": _merged(fields["options"], in_query.pop("options"))}
+    return _merged(fields, in_query)
 
 
 def _query_texts(query: str) -> list[tuple[str, str]]:

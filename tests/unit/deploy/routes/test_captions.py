@@ -91,6 +91,23 @@ def test_every_form_of_a_request_is_the_same_call(service: EngineService, number
     assert service.num_in_flight == 0
 
 
+def test_options_may_stand_in_the_query_and_in_the_body_each_once(service: EngineService) -> None:
+    """Two options in two places were refused as if the same one had been given twice."""
+    image, files = {"image": base64_of(IMAGE)}, {"image": ("a.png", IMAGE)}
+    bodies: list[dict[str, Any]] = [
+        {"json": image | {"options": {"num_beams": 2}}},
+        {"files": files, "data": {"num_beams": "2"}},
+        {"files": files, "data": {"options": '{"num_beams": 2}'}},
+    ]
+    for body in bodies:
+        service.costs.clear()
+        answer = ask(service, "POST", "/v1/caption", params={"max_new_tokens": 3}, **body)
+        assert answer.status_code == 200, answer.text
+        assert service.costs == [Cost(slots=2, steps=3)]
+        twice = ask(service, "POST", "/v1/caption", params={"num_beams": 3}, **body)
+        assert error_of(twice) == (400, "bad_request", "num_beams must be given once")
+
+
 def test_options_may_stand_in_the_query_under_their_own_names(service: EngineService) -> None:
     query = [("num_beams", "2"), ("num_return_sequences", "2"), ("stop", "a"), ("stop", "b"), ("prompt", "7")]
     headers = {"content-type": "image/png"}
