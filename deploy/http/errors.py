@@ -159,6 +159,7 @@ def explain(
     if wrong["type"].startswith(("value_error", "union_tag")):
         return f"{path}: {re.sub('^(Value error, |Input )', '', wrong['msg'])}"
     rule = re.sub(r"^(Input|String|List|Dictionary) should | after validation", "", wrong["msg"])
+    rule = re.sub(r" or (instance of|object to) .*", "", rule)
     return f"{path} must {rule}, got {shorten(wrong['input'])}"
 
 

@@ -68,7 +68,8 @@ def _option(name: str, value: object) -> Any:
     if name in MAX_OPTIONS and parsed > MAX_OPTIONS[name]:
         raise bad_request(f"options: {name} must be at most {MAX_OPTIONS[name]}, got {parsed}")
     if name == "stop" and (len(parsed) > 8 or any(len(text) > 64 for text in parsed)):
-        raise bad_request("options: stop must be at most 8 strings of at most 64 characters")
+        got = f"{len(parsed)} of at most {max(map(len, parsed))}"
+        raise bad_request(f"options: stop must be at most 8 strings of at most 64 characters, got {got}")
     num_ids = len(parsed) if name == "suppress_tokens" else 0
     num_ids += sum(map(len, parsed)) if name == "bad_words_ids" else 0
     if num_ids > MAX_TOKEN_IDS:

@@ -51,7 +51,7 @@ def post_json(service: EngineService, body: bytes) -> httpx.Response:
         ({"options": {"temperature": 0.5}}, "temperature"),
         ({"options": {"length_penalty": 1e999, "num_beams": 2}}, "length_penalty"),
         ({"options": {"stop": "."}}, "stop"),
-        ({"options": {"stop": ["."] * 9}}, "stop"),
+        ({"options": {"stop": ["."] * 9}}, "64 characters, got 9 of at most 1"),
         ({"options": {"min_new_tokens": 8}}, "max_new_tokens=7 of the service counts until another value"),
         ({"options": [1]}, "options"),
         ({"prompt": 5}, "prompt"),
@@ -273,6 +273,8 @@ def chat_with(part: object) -> dict[str, object]:
         ("/v1/rerank", {"query": {"image": "AAAA", "id": 1}, "documents": ["a"]}, "query.id is not a field"),
         ("/v1/rerank", {"query": "a", "documents": [{"text": 5}]}, "documents.0.text must be a valid string"),
         ("/v1/chat/completions", chat_with(5), "messages.0.content must be a valid string, got 5"),
+        ("/v1/chat/completions", chat_with([5]), "messages.0.content.0 must be a valid dictionary, got 5"),
+        ("/", {"inputs": "AAAA", "parameters": 5}, "parameters must be a valid dictionary, got 5"),
         ("/v1/chat/completions", chat_with([{"type": "text"}]), "messages.0.content.0.text must be given"),
         ("/v1/chat/completions", chat_with([{"text": "x"}]), "messages.0.content.0.type must be given"),
         (
