@@ -183,7 +183,7 @@ def redo(changes: InputChanges, options: ReadOptions) -> tuple[tuple[Shard, ...]
 
 
 def add_new(shards: Sequence[Shard], new: ListedFiles, options: ReadOptions) -> tuple[Shard, ...]:
-    """Return the shards of a run with new files as further shards; the others stay as they are.
+    """Return the shards of a run with new files as further shards, by name; the others stay as they are.
 
     Args:
         options: which column of a table holds the images.
@@ -211,7 +211,7 @@ def add_new(shards: Sequence[Shard], new: ListedFiles, options: ReadOptions) -> 
                 f"the new file {shard.uri} would have the name {shard.name}, which another file of the run "
                 "has; caption it into another --output"
             )
-    return (*shards, *added)
+    return tuple(sorted((*shards, *added), key=lambda shard: shard.name))
 
 
 def name_some(names: Sequence[str]) -> str:

@@ -354,6 +354,17 @@ def test_new_tars_are_added_under_the_names_that_a_listing_gives_them(tmp_path):
     assert list(captions(tmp_path)) == ["a/0.tar", "a/1.tar", "b/0.tar"]
 
 
+def test_the_shards_of_a_run_stay_sorted_when_new_ones_are_added(tmp_path):
+    """`blip2 show` had the new rows at its end, and elsewhere after the next start."""
+    write_tar(tmp_path / "in/1.tar", "b")
+    run(tmp_path)
+    write_tar(tmp_path / "in/0.tar", "a")
+    run(tmp_path, add_new=True)
+    begun = read_run(Folder(str(tmp_path / "out")))
+    assert begun is not None and [shard.name for shard in begun.shards] == ["0.tar", "1.tar"]
+    assert not prepare_run(tmp_path).is_revised
+
+
 def test_new_tars_of_a_folder_keep_its_prefix_when_another_folder_is_added(tmp_path):
     """Names begin below the folder that all inputs have in common, which another input moves up."""
     first, second = str(tmp_path / "in/a"), str(tmp_path / "in/b")
