@@ -3,7 +3,7 @@
 <into>/<shard>.csv ...           what was exported
 <into>/.blip2_export/run.json    which run, and in which format
 <into>/.blip2_export/done/       for each shard that was written: the state of its file in the output, or
-                                 nothing if rows have lost their images
+                                 nothing if it was not finished, or rows have lost their images
 <into>/.blip2_export/tmp/        what is being written; emptied when an export begins
 """
 
@@ -59,7 +59,7 @@ class Destination:
                     f"into must be a new folder, or hold an export of the same run in the same format, got "
                     f"{into} with {before['to']} of {before['output']}; give another --into"
                 )
-        elif root.exists() and any(root.iterdir()):
+        elif root.exists() and any(path.name != STATE for path in root.iterdir()):
             raise ValueError(
                 f"into must be a new or empty folder, got {into} with other files; give another --into"
             )
@@ -103,6 +103,10 @@ class Destination:
             stored = self._done(shard).read_text(encoding="utf-8")
             return stored == self._state(shard) and (self.root / self.name_of(shard)).exists()
         return False
+
+    def start(self, shard: str) -> None:
+        """Remember that a shard is being written, so that what it becomes is known if this process dies."""
+        _replace(self._done(shard), "")
 
     def finish(self, shard: str, is_whole: bool) -> None:
         """Remember that a shard has been written; if it is not whole, the next export writes it again."""

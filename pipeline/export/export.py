@@ -41,6 +41,7 @@ def export(settings: ExportSettings) -> int:
         for shard in found.shards:
             if destination.is_up_to_date(shard):
                 continue
+            destination.start(shard)
             num_rows, lost = _write(settings.to, destination, found, shards[shard])
             destination.finish(shard, is_whole=not lost)
             num_written += 1

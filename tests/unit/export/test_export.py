@@ -345,6 +345,34 @@ def test_what_was_written_of_a_shard_that_the_run_no_longer_has_is_deleted(tmp_p
     assert {name: content for name, (_, content) in left.items()} == {n: c for n, (_, c) in wanted.items()}
 
 
+def test_an_export_that_was_killed_as_it_began_goes_on(tmp_path):
+    """The next one was refused, because the folder held something."""
+    write_tars(tmp_path / "in", 1, 2)
+    write_run(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "made/.blip2_export").mkdir(parents=True)
+    (tmp_path / "made/.blip2_export/run.json.0123").write_text("{")
+    assert state_of(exported(tmp_path / "out", "csv", tmp_path / "made"))
+
+
+def test_what_a_killed_export_had_just_written_is_deleted_with_its_shard(tmp_path, monkeypatch):
+    """Of a file that it had not noted yet nothing was known, and it stayed for good."""
+    write_tars(tmp_path / "in", 2, 2)
+    write_run(tmp_path / "in", tmp_path / "out")
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Destination, "finish", die)
+        export(tmp_path / "out", "csv", tmp_path / "made")
+    assert list(state_of(tmp_path / "made")) == ["part0/00000.tar.csv"]
+    (tmp_path / "out/part0/00000.tar.parquet").unlink()
+    (tmp_path / "in/part0/00000.tar").rename(tmp_path / "in/part0/new.tar")
+    write_run(tmp_path / "in", tmp_path / "out")
+    exported(tmp_path / "out", "csv", tmp_path / "made")
+    assert sorted(state_of(tmp_path / "made")) == ["part0/new.tar.csv", "part1/00001.tar.csv"]
+
+
 def test_an_input_folder_may_be_named_as_the_state_of_a_shard(tmp_path):
     """It was taken for a shard x that the run no longer has, and the export of x/ was deleted."""
     write_tars(tmp_path / "in", 2, 2)
