@@ -56,6 +56,20 @@ class OutputState:
             return [] if self.written or self.fragments else [*self.shard_lists]
         return [name for name in self.shard_lists if name != run.shard_list]
 
+    def of_shards(self, shards: Set[str]) -> OutputState:
+        """Return the state with the fragments and reports of all other shards as leftovers.
+
+        A late worker may write such a fragment after a table was begun again and has other parts since.
+        """
+        others = [f.name for name, found in self.fragments.items() if name not in shards for f in found]
+        others += [report for name, report in self.shard_reports.items() if name not in shards]
+        return replace(
+            self,
+            fragments={name: found for name, found in self.fragments.items() if name in shards},
+            shard_reports={name: file for name, file in self.shard_reports.items() if name in shards},
+            leftovers=(*self.leftovers, *others),
+        )
+
     def without(self, redone: Iterable[str]) -> OutputState:
         """Return the state after the files of shards were deleted."""
         gone = set(redone)

@@ -49,6 +49,7 @@ def sweep(
     """
     names = {shard.name for shard in run.shards}
     if not is_slice:
+        state = state.of_shards(names)
         folder.delete_files([*state.leftovers, *state.unread_lists(run)])
         state = replace(state, leftovers=(), shard_lists=(run.shard_list,))
     state = _move_old_reports(folder, state, names)

@@ -193,6 +193,18 @@ def test_a_name_that_is_not_utf_8_does_not_hide_the_others(ledger):
     assert "_blip2/tmp/\udcff" not in ledger.folder.names()
 
 
+@pytest.mark.parametrize("is_slice", [False, True])
+def test_a_start_deletes_late_fragments_of_shards_that_the_run_no_longer_has(ledger, is_slice):
+    """`verify` said that the next start deletes them. A driver of a slice may not know all shards."""
+    ledger.begin(make_run("a.tar"))
+    fragment = ledger.write_fragment(rows([0], shard="table.parquet~0-9"))
+    late = ShardReport(shard="table.parquet~0-9", num_rows=1, complete=True)
+    ledger.store_shard_report(late)
+    state = ledger.sweep(make_run("a.tar"), ledger.scan(), {}, is_slice=is_slice)
+    assert (fragment.name in ledger.folder.names()) == bool(state.fragments) == is_slice
+    assert bool(ledger.scan().shard_reports) == bool(state.shard_reports) == is_slice
+
+
 def test_a_folder_is_listed_with_links_and_without_what_is_no_file(ledger, tmp_path):
     elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
     elsewhere.mkdir()
