@@ -72,9 +72,11 @@ class InputChanges:
             what = f"{rows} are made again" if is_start else f"--redo-changed makes {rows} again"
             lines.append(f"{self._changed_line()}; {what}")
         if self.gone:
+            is_redone = any(UNKNOWN in stamps for stamps in self.stamps.values())  # a slice of a folder
+            where = ", except in shards whose rows are made again" if is_redone else ""
             lines.append(
                 f"{count(len(self.gone), 'file')} of the run can no longer be found in the input: "
-                f"{name_some(self.names_of_gone)}; finished rows stay"
+                f"{name_some(self.names_of_gone)}; finished rows stay{where}"
             )
         if self.num_new:
             names = sorted(file for files in self.new.chosen.values() for file in files)

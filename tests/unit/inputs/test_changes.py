@@ -342,6 +342,16 @@ def test_a_new_photo_is_named_and_becomes_a_shard_of_its_own(tmp_path):
     assert run(tmp_path, add_new=True).num_rows == 12 and prepare_run(tmp_path).notes == ()
 
 
+def test_a_photo_that_is_gone_from_a_slice_that_is_made_again_is_told(tmp_path):
+    """The note said that finished rows stay, and the caption of this one did not."""
+    write_images(tmp_path / "in", "0.jpg", "1.jpg")
+    run(tmp_path)
+    write_images(tmp_path / "in", "0.jpg", content="newer")
+    (tmp_path / "in/1.jpg").unlink()
+    _, gone = prepare_run(tmp_path, redo_changed=True).notes
+    assert gone.endswith(": 1.jpg; finished rows stay, except in shards whose rows are made again")
+
+
 def test_new_tars_are_added_under_the_names_that_a_listing_gives_them(tmp_path):
     write_tar(tmp_path / "in/a/0.tar", "a0")
     run(tmp_path)
