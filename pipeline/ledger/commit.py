@@ -110,7 +110,8 @@ def commit_shard(
         return None
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, pa.ArrowKeyError) as error:
         reason = f"the rows cannot be written as one table: {error}"
-        logger.exception("Shard %s: %s", report.shard, reason)
+        logger.error("Shard %s: %s", report.shard, reason)
+        logger.debug("the error was raised here", exc_info=True)  # --verbose prints it
     there = find_summary(folder, report.shard)
     if there is not None and there.generation == report.generation:
         return there  # A retry that cannot be merged leaves the rows that are there.

@@ -1,5 +1,6 @@
 """Fragments and commits make each row count once: a wrong union loses rows, a wrong merge doubles them."""
 
+import logging
 import os
 import random
 
@@ -235,8 +236,8 @@ def with_kept(numbers, kept: pa.Array) -> pa.Table:
     return rows(numbers).append_column("kept", kept)
 
 
-def test_rows_that_no_merge_can_write_make_the_shard_partial(folder):
-    """The committer raised, Ray ended the job, and so did every resume."""
+def test_rows_that_no_merge_can_write_make_the_shard_partial(folder, caplog):
+    """The committer raised, Ray ended the job, and so did every resume. Then a start printed a traceback."""
     write_fragment(folder, with_kept([0], pa.array([{"a": 1}])))
     write_fragment(folder, with_kept([1], pa.array(["text"])))
     for _ in range(2):  # a retry comes to the same end
@@ -245,6 +246,7 @@ def test_rows_that_no_merge_can_write_make_the_shard_partial(folder):
         assert "the rows cannot be written as one table" in str(summary.reason)
         assert read_summary(folder, "a/0.tar") == summary
     assert len(list_shard_files(folder, "a/0.tar", 0).fragments) == 2, "the captions are not lost"
+    assert not any(record.exc_info for record in caplog.records if record.levelno > logging.DEBUG)
 
 
 def test_rows_that_cannot_be_merged_into_a_file_leave_it_as_it_is(folder):
