@@ -43,6 +43,8 @@ _WITHOUT_EFFECT = {
 """Keys of the file that change no answer."""
 _NEUTRAL_AT_1 = ("typical_p", "encoder_repetition_penalty", "guidance_scale", "num_beam_groups")
 """Keys of the file that change no answer if they are 1; the others change none if they are 0 or empty."""
+_NEVER_NEUTRAL = ("forced_bos_token_id", "forced_eos_token_id", "watermarking_config")
+"""Keys of the file that change answers with any value: 0 is a token, and {} asks for the usual watermark."""
 _SPECIAL_TOKENS = ("eos_token_id", "decoder_start_token_id")
 
 
@@ -122,6 +124,8 @@ def _is_harmless(name: str, value: object, given: Mapping[str, Any], text: PreTr
         return bool(given.get("_from_model_config")) or _as_list(value) == _as_list(ours)
     if name == "max_length":
         return "max_new_tokens" in given  # which transformers prefers
+    if name in _NEVER_NEUTRAL:
+        return False
     return value == 1 if name in _NEUTRAL_AT_1 else value in (0, "", [], {})
 
 
