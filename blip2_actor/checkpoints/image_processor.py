@@ -60,7 +60,9 @@ class ImageProcessor:
 
         require(fields.get("image_processor_type", _TYPES[0]) in _TYPES, "image_processor_type", _TYPES[0])
         require(fields.get("do_resize", True) is True, "do_resize", "true")
-        require(fields.get("resample", BICUBIC) == BICUBIC, "resample", f"{BICUBIC} (bicubic)")
+        resample = fields.get("resample", BICUBIC)
+        is_bicubic = type(resample) is int and resample == BICUBIC  # transformers reads 3.0 as bilinear
+        require(is_bicubic, "resample", f"{BICUBIC} (bicubic)")
         size_px = None
         if "size" in fields:
             size_px = _side(fields["size"], fields.get("default_to_square", True))
