@@ -90,7 +90,7 @@ def fill_special_tokens(text: PreTrainedConfig, folder: Path) -> None:
     A T5 starts its answers with `decoder_start_token_id`, or else with `bos_token_id`.
 
     Raises:
-        ValueError: a T5 has neither, or the model does not know the token.
+        ValueError: a T5 has neither, or the model does not know one of the tokens.
     """
     first = "bos_token_id"
     text.bos_token_id = getattr(text, "bos_token_id", None)
@@ -103,13 +103,14 @@ def fill_special_tokens(text: PreTrainedConfig, folder: Path) -> None:
                 "neither; T5 models usually start with their pad token, 0"
             )
         first = "decoder_start_token_id"
-    first_id = getattr(text, first)
-    if first_id is not None and not 0 <= first_id < text.vocab_size:
-        raise ValueError(
-            f"{first} in text_config in {folder}/config.json must be a token of the model, from 0 to "
-            f"{text.vocab_size - 1}, got {first_id}; take the config.json of the model that this one was "
-            "made from"
-        )
+    for name in ("bos_token_id", first):
+        token_id = getattr(text, name)
+        if token_id is not None and not (type(token_id) is int and 0 <= token_id < text.vocab_size):
+            raise ValueError(
+                f"{name} in text_config in {folder}/config.json must be a token of the model, from 0 to "
+                f"{text.vocab_size - 1}, got {token_id}; take the config.json of the model that this one was "
+                "made from"
+            )
     if text.pad_token_id is None:
         eos = text.eos_token_id
         text.pad_token_id = next(iter(eos), None) if isinstance(eos, list) else eos

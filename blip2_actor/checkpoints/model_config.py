@@ -80,10 +80,14 @@ def _require_values(config: Blip2Config, path: Path) -> None:
         rule = f"above half of relative_attention_num_buckets ({num_rows})"
         require(max_distance > num_rows // 2, "text_config.relative_attention_max_distance", rule)
         activations.append("text_config.dense_act_fn")
+    widths = ("ffn_dim",) if text.model_type == "opt" else ("d_model", "d_kv", "d_ff", "num_heads")
+    of_text = [f"text_config.{width}" for width in widths if text.model_type in ("opt", "t5")]
+    for name in ("vision_config.intermediate_size", "qformer_config.intermediate_size", *of_text):
+        require(attrgetter(name)(config) > 0, name, "at least 1")
     for name, part in parts.items():
         heads, width = part.num_attention_heads, part.hidden_size
         fits = heads > 0 and width % heads == 0
         require(fits, f"{name}.num_attention_heads", f"a divisor of hidden_size ({width})")
     for name in activations:
         rule, advice = f"one of {', '.join(sorted(ACTIVATIONS))}", "no other activation is supported"
-        require(attrgetter(name)(config) in ACTIVATIONS, name, rule, advice)
+        require(attrgetter(name)(config) in list(ACTIVATIONS), name, rule, advice)
