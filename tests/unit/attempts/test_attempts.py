@@ -248,11 +248,9 @@ def test_an_attempt_knows_those_before_it_and_totals_count_all(tmp_path):
     assert (record.all.rows, record.all.shard_rows) == (earlier.rows + 3, 60.0)
     assert record.all.rows == read_attempts(folder).rows
     said = total_line(record.all)
-    assert (
-        said.startswith("2 attempts, 20")
-        and said.count(" UTC") == 2
-        and f": {record.all.rows} rows in" in said
-    )
+    assert said.startswith("2 attempts, 20") and said.count(" UTC") == 2
+    assert f": {record.all.rows} rows in " in said
+    assert said.endswith(f" of work ({record.all.rows_per_s:.1f} rows/s)")
 
 
 def test_a_store_that_fails_does_not_end_the_run(tmp_path, monkeypatch):

@@ -14,11 +14,11 @@ import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.util.metrics import Counter, Histogram
+from ray.util.metrics import Counter, Gauge, Histogram
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from blip2_actor import Completion, EngineStats, ModelInfo, Result
+from blip2_actor import Completion, EngineStats, ModelInfo, Result, __version__
 from blip2_actor.testing import FakeEngineConfig
 from deploy.guard.access import Access
 from deploy.guard.admission import Admission
@@ -46,6 +46,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     monkeypatch.setattr(Counter, "inc", record)
     monkeypatch.setattr(Histogram, "observe", record)
+    monkeypatch.setattr(Gauge, "set", record)
     return found
 
 
@@ -165,7 +166,17 @@ def test_the_steps_of_an_engine_are_observed(seen: Seen) -> None:
     names = {name: value for name, value, _ in seen}
     assert names["blip2_encode_batch_images"] == names["blip2_generated_tokens_total"] == 1
     assert [labels for name, _, labels in seen if name == "blip2_engine_step_seconds"] == [{"work": "encode"}]
-    metrics.show_engine(ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d"), EngineStats())
+
+
+def test_the_state_of_an_engine_is_shown(seen: Seen) -> None:
+    info = ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d")
+    metrics.show_engine(info, EngineStats(num_running=3, num_waiting=2))
+    labels = {"version": __version__, "model": "m", "digest": "d", "dtype": "float32"}
+    assert seen == [
+        ("blip2_engine_slots_in_use", 3, {}),
+        ("blip2_engine_waiting", 2, {}),
+        ("blip2_build_info", 1, labels),
+    ]
 
 
 class Replicas:

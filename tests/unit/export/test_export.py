@@ -450,6 +450,23 @@ def test_an_image_of_a_folder_that_vanishes_costs_its_row(tmp_path, capsys):
     assert "1.png: the image can no longer be read: the file cannot be read" in said
 
 
+def test_a_few_of_the_images_that_vanish_are_named(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for n in range(8):
+        (tmp_path / "in" / f"{n}.png").write_bytes(png(n))
+    write_run(tmp_path / "in", tmp_path / "out")
+    for n in range(5):
+        (tmp_path / "in" / f"{n}.png").unlink()
+    assert export(tmp_path / "out", "webdataset", tmp_path / "five") == 2
+    said = capsys.readouterr().out
+    assert said.count("can no longer be read") == 5 and " more" not in said
+    for n in (5, 6):
+        (tmp_path / "in" / f"{n}.png").unlink()
+    assert export(tmp_path / "out", "webdataset", tmp_path / "seven") == 2
+    said = capsys.readouterr().out
+    assert said.count("can no longer be read") == 5 and "  and 2 more\n" in said
+
+
 def test_other_folders_are_refused(run, tmp_path, capsys):
     output, _ = run
     (tmp_path / "own").mkdir()

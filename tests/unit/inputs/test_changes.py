@@ -250,6 +250,17 @@ def test_a_partial_tar_that_was_repaired_is_made_again_by_retry_alone(tmp_path):
     assert captions(tmp_path)["0.tar"] == rows_of(*"abcdef")
 
 
+def test_a_tar_that_changes_again_while_it_is_made_again_is_read_anew_by_retry(tmp_path):
+    """It has no file then, and no row of what it held before."""
+    write_tar(tmp_path / "in/0.tar", *"abc", bad=("b",))
+    run(tmp_path)
+    write_tar(tmp_path / "in/0.tar", *"abcd", content="new")
+    work(prepare_of_retry(tmp_path, redo_changed=True), max_tables=0)
+    write_tar(tmp_path / "in/0.tar", *"abcde", content="newest")
+    retry(tmp_path)
+    assert captions(tmp_path)["0.tar"] == rows_of(*"abcde", content="newest")
+
+
 @pytest.mark.parametrize(
     ("limit", "before", "num_rows", "after"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.inputs.stamps import stamp_of
-from pipeline.storage import put
+from pipeline.storage import put, retrying
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
 from pipeline.storage.fsspec_errors import HandlerWithOSErrors
@@ -99,6 +100,34 @@ def test_where_a_file_shows_while_it_is_written_a_finished_one_is_moved(tmp_path
     folder.put("a/b.parquet", b"after")
     assert folder.get("a/b.parquet") == b"after"
     folder.require_writable()
+
+
+def test_a_file_that_arrives_cut_is_read_again(monkeypatch):
+    """Half of a record must not be taken for the record."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.0)
+    cut: list[int] = []
+
+    class Cut(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            whole = super().read(size)
+            if cut:
+                return whole[: cut.pop()]
+            return whole
+
+    class Unsteady(Store):
+        store: ClassVar[dict[str, Any]] = {}
+
+        def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+            file = super()._open(path, mode, **options)
+            return Cut(file.getvalue()) if mode == "rb" else file
+
+    folder = folder_in(Unsteady())
+    folder.put("a", b"whole")
+    cut.append(2)
+    with pytest.raises(OSError, match="a must have 5 bytes, got 2"):
+        folder.get("a")
+    cut.append(2)
+    assert folder.with_retries(5.0).get("a") == b"whole"
 
 
 def test_a_failed_move_leaves_no_temporary_file():

@@ -154,6 +154,10 @@ def test_base64_of_another_format_is_decoded_if_the_user_says_so(tmp_path: Path)
     shard = table(tmp_path, {"image": [base64.b64encode(b"a rare format")]})
     assert read_rows(shard)[0][0]["image"] == base64.b64encode(b"a rare format")
     assert read_rows(shard, image_encoding="base64")[0][0]["image"] == b"a rare format"
+    text = table(tmp_path, {"image": [base64.b64encode(b"a rare format").decode()]})
+    with pytest.raises(InputError, match="--image-encoding base64 if it is base64"):
+        check_options([text], ReadOptions())
+    check_options([text], ReadOptions(image_encoding="base64"))
     with pytest.raises(InputError, match="--image-encoding base64 needs Parquet tables"):
         folder = Shard(name="f", format="folder", root=str(tmp_path), files=("a.jpg",))
         check_options([folder], ReadOptions(image_encoding="base64"))
