@@ -117,9 +117,10 @@ def _with_palette_of_8_bits(image: Image.Image) -> Image.Image:
     The format asks for 16 bits, but some programs write 8; libtiff reads them so too. Pillow takes the high
     bytes, and the picture is black.
     """
-    if image.mode not in ("P", "PA") or not isinstance(image, TiffImagePlugin.TiffImageFile):
+    tags = _tiff_tags(image)
+    if image.mode not in ("P", "PA") or tags is None:
         return image
-    colors = image.tag_v2.get(_COLOR_MAP, ())
+    colors = tags.get(_COLOR_MAP, ())  # Pillow needs one, but a caller can give a palette to a gray image
     if max(colors, default=0) in range(1, 256):
         image = image.copy()
         image.putpalette(bytes(colors), "RGB;L")
@@ -127,11 +128,15 @@ def _with_palette_of_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _tiff_tag(image: Image.Image, tag: int, default: int | None = None) -> int | None:
-    """Return a number in the header of a TIFF, or `default`; None for an image of another kind."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return None
-    value = image.tag_v2.get(tag, default)
+    """Return a number in the header of a TIFF, or `default`; None for an image without one."""
+    tags = _tiff_tags(image)
+    value = None if tags is None else tags.get(tag, default)
     return value[0] if isinstance(value, tuple) else value
+
+
+def _tiff_tags(image: Image.Image) -> TiffImagePlugin.ImageFileDirectory_v2 | None:
+    """Return the header of a TIFF; None for an image of another kind, and for one that was pickled."""
+    return getattr(image, "tag_v2", None) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
 
 
 def _keep_high_bytes(image: Image.Image) -> Image.Image:

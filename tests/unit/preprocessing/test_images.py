@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 import zlib
 from collections.abc import Sequence
@@ -259,6 +260,24 @@ def test_a_color_map_of_8_bits_keeps_its_colors() -> None:
     opened = Image.open(io.BytesIO(narrow))
     assert (resize_image(opened, SIZE) == pixels(data)).all()
     assert opened.getpalette() == [0] * 768  # the caller's image stays as it is
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "I", "F", "RGB"])
+def test_a_pickled_tiff_is_read_without_its_header(mode: str) -> None:
+    """Pillow pickles the pixels alone, and Ray all images of a dataset: gray ones were undecodable."""
+    image = noise(SIZE, SIZE).convert("L" if mode == "I;16" else mode)
+    data = encode(image.convert(mode), "TIFF")
+    pickled = pickle.loads(pickle.dumps(Image.open(io.BytesIO(data))))
+    assert (resize_image(pickled, SIZE) == pixels(data)).all()
+    negative = gray_tiff(32, 1, 2, np.arange(-2, 2).astype("<i4").tobytes(), 2)
+    pickled = pickle.loads(pickle.dumps(Image.open(io.BytesIO(negative))))
+    assert (resize_image(pickled, SIZE) == pixels(negative)).all()
+
+
+def test_a_gray_tiff_may_have_been_given_a_palette() -> None:
+    image = Image.open(io.BytesIO(encode(Image.new("L", (8, 8), 3), "TIFF")))
+    image.putpalette([9, 9, 9] * 256)
+    assert (resize_image(image, SIZE) == 9).all()
 
 
 def test_32_bit_integers_that_pillow_cannot_hold_are_refused() -> None:
