@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 
+from blip2_actor import ImageLimits
 from pipeline.errors import noted
+from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.decode import DecodeStage
+from pipeline.stages.storage_trouble import tell_coordinator
 from pipeline.stages.worker_log import Origin
+from pipeline.storage import retrying
 
 
 def passed(**changes: object) -> logging.LogRecord:
@@ -25,6 +31,26 @@ def test_a_message_says_its_run_node_and_shard_and_no_secret() -> None:
     assert not hasattr(passed(), "shard"), "outside a shard"
     assert passed(args=("a", "b")).args == ("a", "b"), "what cannot be formatted is left to the handler"
     assert passed(shard="b.tar").shard == "b.tar"  # type: ignore[attr-defined]
+
+
+def decode() -> None:
+    DecodeStage(8, ImageLimits(), "image").close()
+
+
+def write() -> None:
+    tell_coordinator(None)
+    retrying.listen(None)
+
+
+@pytest.mark.parametrize("work", [Coordinator, decode, write])
+def test_every_worker_of_a_job_labels_its_messages(
+    work: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = logging.Handler()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    work()
+    record = logging.makeLogRecord({"msg": "x"})
+    assert handler.filter(record) and hasattr(record, "node")
 
 
 def test_a_traceback_holds_no_secret() -> None:
