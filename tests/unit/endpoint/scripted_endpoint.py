@@ -45,7 +45,11 @@ class Exchange:
         self._handler = handler
 
     def refuse(self, code: int, type: str, message: str = "no", retry_after: str = "0") -> None:
-        document = json.dumps({"error": {"type": type, "message": message}}).encode()
+        self.refuse_with({"type": type, "message": message}, code, retry_after)
+
+    def refuse_with(self, error: object, code: int, retry_after: str = "0") -> None:
+        """Refuse with any error, such as that of a proxy in front of the endpoint."""
+        document = json.dumps({"error": error}).encode()
         self._handler.send_response(code)
         self._handler.send_header("Retry-After", retry_after)
         self._handler.send_header("Content-Length", str(len(document)))

@@ -119,6 +119,7 @@ REFUSALS = {
     "starting": lambda exchange: exchange.refuse(503, "unavailable"),
     "key": lambda exchange: exchange.refuse(403, "no_batch_right"),
     "other-model": lambda exchange: exchange.refuse(409, "wrong_model"),
+    "proxy": lambda exchange: exchange.refuse_with("no upstream", 502),
     "gone": lambda exchange: exchange.hang_up(),
 }
 

@@ -12,10 +12,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from blip2_actor.device import prepare_device, resolve_compile, resolve_dtype
+from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.transfer import ids_to_device
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def test_the_first_gpu_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for is_available, expected in ((True, GPU), (False, CPU)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=is_available: found)
+        assert resolve_device("auto") == expected
+    assert resolve_device("cuda") == GPU
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"device must exist on this machine, got 'cuda:2'; torch sees 2"):
+        resolve_device("cuda:2")
 
 
 @pytest.fixture

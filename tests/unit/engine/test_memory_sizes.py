@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, T5Config
 
+from blip2_actor.engine import memory
 from blip2_actor.engine.memory import (
     Sizes,
     container_bytes,
@@ -14,6 +16,7 @@ from blip2_actor.engine.memory import (
     full_encode_batch,
     image_bytes,
     plan_memory,
+    size_engine,
     slot_bytes,
 )
 from blip2_actor.models.blip2 import Blip2
@@ -82,6 +85,16 @@ def test_a_slot_of_the_published_models_needs_what_arithmetic_says() -> None:
     t5 = T5Config(d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32, vocab_size=32128)
     assert 24 << 20 < slot_bytes(full_size(t5)) < 32 << 20
     assert 8 << 20 < image_bytes(full_size(opt)) < 24 << 20
+
+
+def test_given_sizes_are_taken_and_the_others_fit_what_they_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = full_size(OPTConfig(hidden_size=2560, num_hidden_layers=32, num_attention_heads=32))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: GIB)
+    chosen = size_engine(model, None, None, 1)
+    assert 1 < chosen.max_slots < 20 and chosen.encode_batch < 20
+    assert size_engine(model, 700, 500, 1) == Sizes(max_slots=700, encode_batch=500)
+    fewer = size_engine(model, None, 500, 1)
+    assert fewer.encode_batch == 500 and fewer.max_slots <= chosen.max_slots
 
 
 def test_a_container_with_a_limit_has_what_the_limit_leaves(tmp_path: Path) -> None:

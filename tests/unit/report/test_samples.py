@@ -101,3 +101,10 @@ def test_near_duplicates_are_found_in_bounded_memory():
     assert len(rows) == 10
     assert all(b == a + 1 and (a // 2) % 100 < 50 for a, b in zip(rows[::2], rows[1::2], strict=True))
     assert NearDuplicates().rows(10) == []
+
+
+def test_of_many_copies_two_are_shown():
+    found = NearDuplicates()
+    found.add(["a", "a", "b", "a", "a", "b", "c"], np.full(7, -1.0), np.arange(7))
+    rows = found.rows(10)
+    assert sorted([rows[:2], rows[2:]]) == [[0, 1], [2, 5]]
