@@ -54,9 +54,15 @@ def test_a_busy_proxy_may_write_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(client.time, "sleep", pauses.append)
     busy = {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}
-    with server([(503, busy, b""), (503, {"Retry-After": "2"}, b""), (200, {}, b'{"model": "a"}')]) as url:
+    with server([(503, busy, b""), (429, {"Retry-After": "2"}, b""), (200, {}, b'{"model": "a"}')]) as url:
         assert Endpoint(url).model() == {"model": "a"}
     assert pauses == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("body", [b'{"error": "no upstream"}', b"<html>", b"[]", b""])
+def test_a_refusal_of_a_proxy_is_told_by_its_status(body: bytes) -> None:
+    with server([(502, {}, body)]) as url, pytest.raises(EndpointError, match=r"answers 502: Bad Gateway$"):
+        Endpoint(url).model()
 
 
 def test_neither_request_nor_key_follows_to_another_address() -> None:
