@@ -126,13 +126,17 @@ REFUSALS = {
 
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_an_endpoint_that_takes_no_work_for_a_while_is_waited_for(kind: str, told) -> None:
+    sizes: list[int] = []
+
     def answer(exchange: Exchange) -> None:
         if exchange.number < 12:
             REFUSALS[kind](exchange)
         else:
+            sizes.append(len(exchange.texts))
             exchange.answer_all()
 
     assert texts_of(results(answer)) == CAPTIONS
+    assert max(sizes) > 1, "such a refusal is for no text of its own"
     troubles = [one for one in told if one is not None]  # None also asks each second whether to go on
     if kind in ("busy", "quota"):
         assert not troubles, "an endpoint that is busy with other requests is as it should be"

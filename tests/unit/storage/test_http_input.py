@@ -191,6 +191,10 @@ def test_whole_files_make_room_for_others(shard, monkeypatch):
     assert first.read() == second.read() == CONTENT
     first.close()
     assert len(kept._kept) == 1
+    num_gets = Server.num_gets
+    again = kept.open(fs, f"{shard.root}/second.tar")
+    assert again is not None and again.read() == CONTENT
+    assert Server.num_gets == num_gets, "the newest is kept"
     assert first._file is None, "a closed reader takes no room on the disk"
     with pytest.raises(ValueError, match="closed"):
         first.read(1)
