@@ -183,6 +183,8 @@ def test_only_the_largest_changes_are_kept(monkeypatch):
     random.Random(0).shuffle(order)
     found = compare(Pair(ok(str(n), ""), ok(str(n), " ".join("x" * n))) for n in order)
     assert [change.distance for change in found.largest()] == [59, 58, 57, 56, 55]
+    shown = [line for line in summary_lines(found, {}) if line.startswith("  ")]
+    assert [line.split(":")[0].strip() for line in shown] == ["59", "58", "57"]
 
 
 def test_two_empty_runs_are_the_same():

@@ -181,6 +181,13 @@ def test_a_large_folder_is_listed_without_asking_for_each_file(tmp_path, monkeyp
     assert "has 50 images, more than 49: an image that is replaced" in listed.notes[-1]
 
 
+def test_each_file_of_a_smaller_folder_has_a_stamp(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "MAX_STAMPED_IMAGES", 50)
+    touch(tmp_path, *(f"{at}.jpg" for at in range(50)))
+    listed = list_input(str(tmp_path))
+    assert len(listed.shards[0].stamps) == 50 and not listed.notes
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     touch(tmp_path, "elsewhere/a.jpg", "in/b.jpg")
     (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")

@@ -36,7 +36,7 @@ from pipeline.ledger.scan import scan_output
 from pipeline.plan import cost, sample, stage_costs
 from pipeline.plan.cost import Cost
 from pipeline.plan.make_plan import make_plan
-from pipeline.plan.model import RAY_START_S
+from pipeline.plan.model import MAX_ERRORS_SHOWN, RAY_START_S
 from pipeline.plan.plan import plan
 from pipeline.plan.prediction import predict
 from pipeline.plan.quantization import QuantizationEffect
@@ -241,6 +241,8 @@ def test_failures_of_the_sample_are_counted_and_shown(tmp_path):
     said = "\n".join(found.lines())
     assert found.by_status == {"ok": 31, "undecodable": 10}
     assert "31 ok, 10 undecodable" in said and "image-000003: undecodable: " in said
+    assert said.count(": undecodable: ") == MAX_ERRORS_SHOWN and ": ok: " not in said
+    assert f"... and {10 - MAX_ERRORS_SHOWN} more" in said
     assert "partial: " in said and "cut.tar" in said
     assert "exit status 2" in said
 

@@ -98,6 +98,7 @@ def test_gray_floats_have_a_range(value: float, place: tuple[int, int]) -> None:
         (Image.new("RGB", (0, 4)), "must have pixels, got 0 x 4"),
         (np.zeros((4, 0, 3), np.uint8), r"got uint8\[4, 0, 3\]$"),
         (np.zeros((3, 4, 40), np.uint8), r"got uint8\[3, 4, 40\]; put its channels last"),
+        (np.zeros((4, 4, 40), np.uint8), r"got uint8\[4, 4, 40\]; put its channels last"),
         (np.zeros((40, 4, 5), np.uint8), r"got uint8\[40, 4, 5\]; convert it to RGB"),
         (np.zeros((8, 4, 4, 3), np.uint8), r"got uint8\[8, 4, 4, 3\]; give its images one by one"),
         (np.zeros(4, np.uint8), r"got uint8\[4\]$"),

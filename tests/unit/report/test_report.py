@@ -23,6 +23,7 @@ from pipeline.demo.dataset import MARKER
 from pipeline.inputs.listing import list_shards
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
+from pipeline.report.card import dataset_card
 from pipeline.report.models import DEMO_WARNING, license_of
 from pipeline.report.pace import UNKNOWN
 from pipeline.report.page import render_page
@@ -271,9 +272,12 @@ def test_the_page_names_the_models_that_were_loaded(folder):
 
 
 def test_json_and_card_say_what_the_page_says(folder, tmp_path, capsys):
-    card = tmp_path / "README.md"
-    assert main(["report", "--output", folder.uri, "--json", "--card", str(card)]) == 0
-    found = json.loads(capsys.readouterr().out)
+    page, card = tmp_path / "page.html", tmp_path / "README.md"
+    flags = ["--json", "--card", str(card), "--html", str(page), "--thumbnails", "5"]
+    assert main(["report", "--output", folder.uri, *flags]) == 0
+    out, said = capsys.readouterr()
+    assert f"page: {page}, with 5 thumbnails read from the input\ncard: {card}\n" in said
+    found = json.loads(out)
     assert (found["rows"], found["by_status"]) == (60, {"ok": 54, "undecodable": 6})
     assert found["rows_per_s"] is None and found["active_s"] is None
     assert found["histograms"]["num_tokens"] == [[4, 18], [5, 18], [6, 18]]
@@ -282,6 +286,9 @@ def test_json_and_card_say_what_the_page_says(folder, tmp_path, capsys):
     read = DatasetCard.load(card)
     assert read.data.size_categories == ["n<1K"] and "60 rows" in read.text
     assert "<script>" not in read.text and "&#60;script&#62;" in read.text
+    assert "Most frequent captions" in read.text
+    without = dataclasses.replace(make_report(folder.uri), statistics=Statistics())
+    assert "Most frequent captions" not in dataset_card(without)
 
 
 def test_named_outputs_are_counted(tmp_path):

@@ -53,7 +53,14 @@ def test_other_bytes_claim_nothing() -> None:
         assert claimed_pixels(image) is None
     assert claimed_pixels(picture(9, 9, "TIFF")) is None
     assert claimed_pixels(b"\xff\xd8" + b"\xff\xe1\x00\x02" * 5000) is None
-    assert claimed_pixels(picture(50, 50, "JPEG")[:20]) is None
+
+
+def test_a_header_that_is_cut_off_claims_nothing() -> None:
+    """An upload may end anywhere."""
+    image = picture(50, 40, "JPEG", comment=b"a" * 100)
+    found = [claimed_pixels(image[:end]) for end in range(len(image))]
+    begin = found.index(50 * 40)
+    assert begin > 32 and found == [None] * begin + [50 * 40] * (len(found) - begin)
 
 
 @pytest.fixture
