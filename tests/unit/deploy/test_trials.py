@@ -106,6 +106,22 @@ def test_a_share_of_the_requests_is_answered_by_the_second_model(second: Second,
     assert {row["model"] for row in recorded["B"]} == {"second"}
 
 
+def test_the_second_model_starts_with_the_first_request_of_its_share(second: Second) -> None:
+    """The first model answers until it runs."""
+    service = Service(second, ab_test="second=1")
+
+    async def run() -> list[str]:
+        models = []
+        async with client_of(service) as client:
+            for n in range(2):
+                answer = await client.post("/v1/caption", content=png(n))
+                models.append(answer.json()["model"])
+                await asyncio.gather(*service._models._asking.values())
+        return models
+
+    assert asyncio.run(run()) == ["demo", "second"]
+
+
 def test_streams_of_an_ab_test_are_recorded_as_other_answers_are(second: Second, tmp_path: Path) -> None:
     recorded = []
     for stream in ("false", "true"):

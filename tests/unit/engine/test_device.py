@@ -72,8 +72,12 @@ def test_an_explicit_choice_wins(installed: set[str]) -> None:
 def test_a_limit_of_instructions_counts_for_the_dtype_too(limit, dtype, monkeypatch) -> None:
     """oneDNN takes no instructions beyond it, and bfloat16 without them is slower than float32."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert resolve_dtype("auto", CPU) is dtype
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", limit)
+    assert resolve_dtype("auto", CPU) is dtype, "by its older name"
 
 
 @pytest.fixture

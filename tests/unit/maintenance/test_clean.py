@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.fragments import store_shard_report, write_fragment
 from pipeline.ledger.layout import LEASE, RUN_FILE, lease_name
 from pipeline.ledger.lease import Holder, Lease
+from pipeline.ledger.ledger import Ledger
 from pipeline.maintenance.clean import clean
 from pipeline.maintenance.settings import CleanSettings, VerifySettings
 from pipeline.maintenance.verify import verify
@@ -39,8 +41,8 @@ def folder(tmp_path: Path) -> Folder:
     os.utime(folder.path(PLANS[0]), (0, 0))
     write_fragment(folder, rows([0], shard="in/0.tar"))  # of a straggler: its rows are in the file
     write_fragment(folder, rows([1], shard="in/0.tar"), generation=2)
-    write_fragment(folder, rows([0], shard="gone"))
-    store_shard_report(folder, ShardReport(shard="gone", num_rows=1, complete=True))
+    write_fragment(folder, rows([0], shard="gone/0.tar"))
+    store_shard_report(folder, ShardReport(shard="gone/0.tar", num_rows=1, complete=True))
     retried = rows([1], shard="in/1.tar", word="retried")  # of a retry: better than the row in the file
     write_fragment(folder, retried.set_column(0, retried.schema.field("key"), pa.array(["y"])))
     dead = dataclasses.replace(Holder.of_this_process(), process_start="1")
@@ -85,12 +87,27 @@ def test_what_is_of_no_use_is_deleted_and_a_retry_goes_on_with_the_rest(folder, 
         "shards.jsonl.gz",
         "summaries",
     ]
+    assert all(folders or files for _, folders, files in os.walk(folder.path("_blip2"))), "none is empty"
     assert pq.read_table(folder.path(TAR)).equals(table)
     retry(tmp_path)
     rows_of_other = pq.read_table(folder.path("in/1.tar.parquet")).to_pylist()
     assert rows_of_other[1]["caption"] == "retried 1"
     assert cleaned(folder) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "there is nothing to delete"
+
+
+def test_no_driver_can_begin_until_all_is_deleted(folder, monkeypatch):
+    """The lease of a dead driver was listed, and its name is that of the lease of the command."""
+    is_held: list[bool] = []
+    drop_markers = Ledger.drop_markers
+
+    def look(ledger: Ledger, *found: Any) -> None:
+        is_held.append(folder.file(LEASE) is not None)
+        drop_markers(ledger, *found)
+
+    monkeypatch.setattr(Ledger, "drop_markers", look)
+    assert cleaned(folder, yes=True) == 0
+    assert is_held == [True] and folder.file(LEASE) is None
 
 
 @pytest.mark.parametrize("yes", [False, True])

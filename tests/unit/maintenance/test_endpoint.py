@@ -63,6 +63,8 @@ def test_a_busy_proxy_may_write_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_refusal_of_a_proxy_is_told_by_its_status(body: bytes) -> None:
     with server([(502, {}, body)]) as url, pytest.raises(EndpointError, match=r"answers 502: Bad Gateway$"):
         Endpoint(url).model()
+    with server([(302, {}, body)]) as url, pytest.raises(EndpointError, match=r"answers 302: Found$"):
+        Endpoint(url).model()
 
 
 def test_neither_request_nor_key_follows_to_another_address() -> None:

@@ -125,6 +125,13 @@ async def test_a_picture_above_the_limit_does_not_wait_behind_large_ones(lanes: 
     leave()
 
 
+async def test_a_large_picture_does_not_wait_behind_small_ones(lanes: Decoding) -> None:
+    leave = await lanes._usual._gate.enter(1, 1, "somebody with a small picture")
+    async with asyncio.timeout(5):
+        assert (await lanes.decode(picture(200, 100))).status is Status.OK
+    leave()
+
+
 def test_a_process_stays_taken_while_it_decodes_for_a_caller_that_has_left(lanes: Decoding) -> None:
     started, busy = threading.Event(), threading.Event()
     decode = lanes._usual._pool.decode
