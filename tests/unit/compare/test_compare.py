@@ -22,7 +22,13 @@ from pipeline.compare.command import summary_lines
 from pipeline.compare.comparison import Comparison, compare
 from pipeline.compare.edit_distance import diff, edit_distance
 from pipeline.compare.join import Join, Pair
-from pipeline.compare.metrics import cider_scores, compare_scores, document_frequencies, words_of
+from pipeline.compare.metrics import (
+    bleu_statistics,
+    cider_scores,
+    compare_scores,
+    document_frequencies,
+    words_of,
+)
 from pipeline.report.rows import FinishedRows
 from pipeline.schema import output_schema
 from tests.unit.report import finished_output
@@ -238,6 +244,11 @@ def test_cider_by_hand():
     assert right == pytest.approx(10 * (1 + 1 + 0 + 0) / 4)
     # One of two words: cosine 1/sqrt(2) for n = 1, nothing for n = 2; lengths differ by one bigram.
     assert half == pytest.approx(10 / np.sqrt(2) / 4 * np.exp(-1 / 72))
+
+
+def test_a_short_caption_has_no_long_n_grams():
+    [counts] = bleu_statistics([words_of("red dog")], [[words_of("a red dog"), words_of("red sand")]])
+    assert counts.tolist() == [2, 1, 0, 0, 2, 1, 0, 0, 2, 2]
 
 
 def test_the_interval_is_the_same_each_time_and_holds_the_change():

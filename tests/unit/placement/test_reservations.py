@@ -153,6 +153,12 @@ def test_types_and_labels_choose_the_nodes():
     assert without_label.max_actors == GPU_TYPE.max_nodes
 
 
+@pytest.mark.parametrize(("max_actors", "num_threads"), [(1, 16), (3, 16), (6, 8), (12, 4), (100, 1)])
+def test_a_number_of_actors_shares_the_cores_of_all_nodes(max_actors, num_threads):
+    cluster = Cluster((Node({"CPU": 16.0}),) * 3, is_local=False)
+    assert placed(cluster, ON_CPU, max_actors=max_actors).num_threads == num_threads
+
+
 def test_each_stage_is_sized_by_the_nodes_that_its_labels_choose():
     """It was sized by the largest node of all, on whichever nodes it was to run: it waited for ever."""
     on_cpus = placed(GROWING, ON_CPU, caption_label=("pool=accelerator",))

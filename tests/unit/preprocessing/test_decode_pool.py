@@ -16,6 +16,7 @@ import pytest
 
 from blip2_actor import DecodedImage, DecodePool, ImageLimits, Status, decode_image
 from blip2_actor.preprocessing import decode_process
+from blip2_actor.preprocessing.decode_messages import BadReply, pack_reply, unpack_reply
 from tests.unit.preprocessing.image_corpus import encode, malformed_images, noise
 
 SIZE = 32
@@ -71,6 +72,14 @@ def test_a_hostile_image_fails_alone(
         image = outcome_among_neighbors(pool, attack(name))
     assert image.status is status
     assert (image.error is None) if reason is None else (reason in (image.error or ""))
+
+
+def test_a_reply_with_an_impossible_status_is_none() -> None:
+    """A child that an image has taken over may write anything."""
+    reply = bytearray(pack_reply(DecodedImage(status=Status.UNDECODABLE, error="cut off")))
+    for reply[0] in range(len(Status), 256):
+        with pytest.raises(BadReply):
+            unpack_reply(memoryview(reply), 0, SIZE * SIZE * 3)
 
 
 def test_many_hostile_images_in_a_row_each_get_their_own_outcome(tmp_path: Path) -> None:
