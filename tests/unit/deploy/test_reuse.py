@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -203,6 +204,33 @@ def test_every_row_of_a_run_is_found(demo: EngineService) -> None:
     assert [look_up(run, row) for row in made] == [row["caption"] for row in made]
     failed = [row for row in rows if row["status"] != "ok" and row["sha256"]]
     assert failed and not any(look_up(run, row) for row in failed)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "what"),
+    [
+        (None, "model", "another", "model"),
+        (None, "dtype", "float16", "dtype"),
+        (None, "quantize", "int8", "quantize"),
+        ("image", "size_px", 8, "image size"),
+        ("image", "jpeg_draft", True, "image_jpeg_draft"),
+        ("image", "accept_truncated", True, "image_accept_truncated"),
+        ("columns", "prompt", "question", "prompt column"),
+        ("outputs", "regenerate", True, "regenerate"),
+        ("outputs", "columns", ["vector"], "captions"),
+    ],
+)
+def test_a_run_that_was_made_otherwise_is_refused(
+    demo: EngineService, tmp_path: Path, part: str | None, name: str, value: Any, what: str
+) -> None:
+    """Its captions are not those of the service, or it has none."""
+    table = pq.read_table(next((STORED_RUN / "finished").glob("*.parquet")))
+    run = json.loads(table.schema.metadata[finished_run.RUN_KEY])
+    (run if part is None else run[part])[name] = value
+    metadata = {finished_run.RUN_KEY: json.dumps(run).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match=f"cache_from must be a run with the {what} of the service"):
+        run_of(demo, tmp_path)
 
 
 def test_a_row_group_is_read_once_and_few_are_kept(

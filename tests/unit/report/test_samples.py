@@ -68,6 +68,13 @@ def test_smallest_keeps_only_what_it_needs():
     assert smallest.sorted()[1].tolist() == [9, 8, 7]
 
 
+def test_a_score_may_still_replace_the_largest_that_is_kept():
+    smallest = Smallest(2)
+    smallest.add(np.array([1.0, 9.0, 10.0, 11.0, 12.0]), np.arange(5))
+    smallest.add(np.array([5.0]), np.array([5]))
+    assert smallest.sorted()[1].tolist() == [0, 5]
+
+
 def test_the_smallest_are_the_same_in_parts_of_any_size():
     """Which of several equal scores were kept depended on the sizes of the tables."""
     scores = np.random.default_rng(1).integers(0, 40, 2_000)
