@@ -258,6 +258,7 @@ def test_tokens_after_a_stop_text_have_no_place_in_the_log_probabilities(bytewis
                 do_sample=True, temperature=0.5, top_p=0.9, seed=(1 << 62) - 1, num_return_sequences=2
             ),
         ),
+        ({"temperature": 0.5, "seed": 3}, GenerationOptions(do_sample=True, temperature=0.5, seed=3)),
         ({"top_p": 0.5, "seed": 3}, GenerationOptions(do_sample=True, top_p=0.5, seed=3)),
         ({"top_k": -1}, GenerationOptions()),
         (
