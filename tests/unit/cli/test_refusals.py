@@ -210,6 +210,14 @@ def test_no_sentence_holds_the_password_of_a_uri(monkeypatch, capsys):
     assert "bucket/a.tar" in said and "secret" not in said
 
 
+@pytest.mark.parametrize("words", ["-o a s3://me:secret@b/k?key=secret", "a --limit s3://me:secret@b/k"])
+def test_no_usage_error_holds_the_password_of_a_uri(words, capsys):
+    with pytest.raises(SystemExit, match="3"):
+        main(["show", *words.split()])
+    said = capsys.readouterr().err
+    assert "got" in said and "s3://b/k" in said and "secret" not in said
+
+
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     def fail(*_):
         raise TypeError("a bug")
