@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from blip2_actor.inputs.field_types import require_types
@@ -24,8 +25,8 @@ class FetchSettings:
 
     def __post_init__(self) -> None:
         require_types(self)
-        if not self.fetch_timeout_s > 0:
-            raise ValueError(f"fetch_timeout_s must be above 0, got {self.fetch_timeout_s}")
+        if not 0 < self.fetch_timeout_s < math.inf:
+            raise ValueError(f"fetch_timeout_s must be above 0 and finite, got {self.fetch_timeout_s}")
         if not self.fetch_patience_s >= 0:
             raise ValueError(f"fetch_patience_s must be at least 0, got {self.fetch_patience_s}")
         if self.fetch_per_host < 1:

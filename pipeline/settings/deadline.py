@@ -46,7 +46,7 @@ def _parse(deadline: str, now: datetime) -> datetime | None:
     if duration and deadline:
         try:
             return now + timedelta(**{unit: int(n) for unit, n in duration.groupdict(default="0").items()})
-        except OverflowError:
+        except (OverflowError, ValueError):  # the latter of more digits than Python reads
             return None
     try:
         at = datetime.fromisoformat(deadline)

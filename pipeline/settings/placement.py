@@ -57,7 +57,7 @@ class Placement:
                 f"max_actors must be at least min_actors ({self.min_actors}), got {self.max_actors}"
             )
         number = self.gpus_per_actor
-        if number is not None and (number < 0 or (number > 1 and number % 1)):
+        if number is not None and (not number >= 0 or (number > 1 and number % 1)):
             raise ValueError(
                 f"gpus_per_actor must be a whole number, or a fraction of one GPU, got {number:g}"
             )

@@ -23,7 +23,8 @@ def settings(**changes: Any) -> CaptionSettings:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fetch_timeout_s": 0.0}, "fetch_timeout_s must be above 0, got 0.0"),
+        ({"fetch_timeout_s": 0.0}, "fetch_timeout_s must be above 0 and finite, got 0.0"),
+        ({"fetch_timeout_s": float("inf")}, "fetch_timeout_s must be above 0 and finite, got inf"),
         ({"fetch_patience_s": -1.0}, "fetch_patience_s must be at least 0, got -1.0"),
         ({"fetch_per_host": 0}, "fetch_per_host must be at least 1, got 0"),
         ({"allow_private_hosts": ("http://a/b",)}, "allow_private_hosts must name hosts"),

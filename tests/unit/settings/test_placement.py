@@ -18,6 +18,7 @@ from pipeline.settings.retry_settings import PlacementChanges
     [
         ({"gpus_per_actor": 1.5}, "gpus_per_actor must be a whole number, or a fraction of one GPU, got 1.5"),
         ({"gpus_per_actor": -1}, "gpus_per_actor must be"),
+        ({"gpus_per_actor": float("nan")}, "gpus_per_actor must be"),
         ({"accelerator": "NPU"}, "accelerator must be NAME=N such as NPU=1, got 'NPU'"),
         ({"accelerator": "NPU=0"}, "accelerator must be NAME=N"),
         ({"accelerator": "CPU=4"}, "accelerator must be NAME=N"),
