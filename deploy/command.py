@@ -63,6 +63,10 @@ def print_settings(arguments: list[str]) -> int:
     """Print the settings of a command line, and where each comes from; `blip2 config serve` does this."""
     as_json = arguments[:1] == ["--json"]
     given = make_parser().parse_args(arguments[as_json:])
+    try:
+        build(ServeSettings, vars(given))
+    except ValueError as error:
+        return _fail(error, REFUSED)
     settings = effective_settings(given, ServeSettings)
     lines = [settings_as_json("serve", settings)] if as_json else settings_as_toml("serve", settings)
     sys.stdout.write("".join(f"{line}\n" for line in lines))

@@ -29,7 +29,7 @@ def read_parts(path: Path, names: Sequence[str]) -> dict[str, Any]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config must be a file that can be read, got {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with too many digits
         raise ValueError(f"--config must be a TOML file, got {path}: {error}") from None
     for key, value in document.items():
         if not isinstance(value, Mapping):

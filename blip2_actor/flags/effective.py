@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,13 @@ def settings_as_toml(part: str, settings: Iterable[EffectiveSetting]) -> Iterato
 
 def settings_as_json(part: str, settings: Iterable[EffectiveSetting]) -> str:
     """Return one JSON object with the flag, the value and the source of each setting."""
-    rows = [{"flag": one.flag, "value": one.value, "from": one.source} for one in settings]
+    rows = [{"flag": one.flag, "value": _json_value(one.value), "from": one.source} for one in settings]
     return json.dumps({"command": part, "settings": rows}, ensure_ascii=False)
+
+
+def _json_value(value: Any) -> Any:
+    """Return a value that JSON has; it has no number that is not finite."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _toml(value: Any) -> str:
@@ -77,4 +83,4 @@ def _toml(value: Any) -> str:
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return json.dumps(value)
+    return str(value) if isinstance(value, float) else json.dumps(value)  # inf, where json has Infinity

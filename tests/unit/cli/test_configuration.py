@@ -76,6 +76,32 @@ def test_config_refuses_what_the_command_would_refuse(file: str, capsys) -> None
     assert "--num-beams must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_config_prints_infinity_as_toml_and_as_json_have_it(tmp_path: Path, capsys) -> None:
+    command = ["config", "caption", "photos", "-o", "out", "--step-timeout-s"]
+    assert main([*command, "inf"]) == 0
+    printed = tmp_path / "printed.toml"
+    printed.write_text(capsys.readouterr().out)
+    _, given = parse(["caption", "--config", str(printed)])
+    assert given.step_timeout_s == float("inf")
+    assert main(["config", "--json", *command[1:], "inf"]) == 0
+    rows = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["settings"]
+    assert [row["value"] for row in rows if row["flag"] == "--step-timeout-s"] == ["inf"]
+
+
+def test_config_refuses_what_the_endpoint_would_refuse(file: str, capsys) -> None:
+    assert deploy.command.main(["config", "--config", file, "--num-beams", "0"]) == 3
+    said = capsys.readouterr()
+    assert said.err == "blip2 serve: --num-beams must be at least 1, got 0\n" and not said.out
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000])
+def test_a_file_that_python_cannot_read_is_named(value: str, file: str, capsys) -> None:
+    Path(file).write_text(f"[caption]\nlimit = {value}\n")
+    with pytest.raises(SystemExit, match="3"):
+        main(["caption", "photos", "-o", "out", "--config", file])
+    assert f"--config must be a TOML file, got {file}: " in capsys.readouterr().err
+
+
 def test_the_endpoint_has_its_part(file: str, capsys) -> None:
     assert deploy.command.main(["config", "--config", file]) == 0
     assert tomllib.loads(capsys.readouterr().out) == {"serve": {"model": "demo", "port": 8123}}
