@@ -57,7 +57,7 @@ def tabbed_lines(rows: Iterable[Row]) -> Iterator[str]:
         return
     names = ["key", "status", *(name for name in ("logprob", "caption") if name in first), "error"]
     names += filter(is_own_column, first)
-    yield "\t".join(names)
+    yield "\t".join(map(one_line, names))
     for row in chain([first], rows):
         yield "\t".join("" if row.get(name) is None else short_value(row[name], None) for name in names)
 
@@ -98,5 +98,5 @@ def _cell(row: Row, name: str, has_status: bool) -> str:
         error = one_line(row["error"] or "")
         return error if has_status else f"{row['status']}: {error}"
     lines = [one_line(row["caption"])] if row.get("caption") is not None else []
-    lines += [f"{column}: {short_value(row[column])}" for column in filter(is_own_column, row)]
+    lines += [f"{one_line(column)}: {short_value(row[column])}" for column in filter(is_own_column, row)]
     return "\n".join(lines)

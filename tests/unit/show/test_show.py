@@ -18,7 +18,7 @@ from pipeline.report.rows import FinishedRows
 from pipeline.schema import ROW_CONTRACT, output_schema
 from pipeline.settings.report_settings import ShowSettings
 from pipeline.show.choice import chosen
-from pipeline.show.table import pages
+from pipeline.show.table import pages, tabbed_lines
 from pipeline.storage.folder import Folder
 from tests.unit.report import finished_output
 
@@ -139,6 +139,14 @@ def test_a_pipe_gets_whole_lines_with_tabs(output, capsys):
     assert first == ["photo-0-0", "ok", "-1", r"a \u001b[2Jcat \u009bon 猫 a mat 0", "", "red", "2 values"]
     assert failed == ["photo-0-4", "undecodable", "", "", "cut at byte 4", "", ""]
     assert said.err == "1 of 3 shards has no file yet; rows of finished shards are shown\n"
+
+
+def test_names_of_columns_hold_no_control_codes_and_no_line_ends():
+    row = {"key": "k", "status": "ok", "caption": "c", "error": None, "a\n\x1b[2Jb\t": "v"}
+    header, values = tabbed_lines([row])
+    assert header.split("\t") == ["key", "status", "caption", "error", r"a \u001b[2Jb "]
+    assert len(values.split("\t")) == 5
+    assert r"a \u001b[2Jb : v" in "".join(pages([row], 80))
 
 
 def test_a_terminal_gets_a_table(output, monkeypatch):
