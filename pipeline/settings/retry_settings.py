@@ -161,7 +161,10 @@ class RetrySettings:
         changes = _given(
             cpu_s=self.image_cpu_s, wall_s=self.image_wall_s, memory_bytes=self.image_memory_bytes
         )
-        return dataclasses.replace(before, **changes)
+        try:
+            return dataclasses.replace(before, **changes)
+        except ValueError as error:
+            raise ValueError(f"image_{error}") from None  # as the settings are called here
 
     def fetching(self, before: FetchSettings) -> FetchSettings:
         """Return how images are fetched, with the changes that are given here.

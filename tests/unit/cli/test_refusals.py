@@ -238,3 +238,9 @@ def test_the_table_of_exit_statuses_is_frozen():
         "INTERRUPTED": 130,
         "TERMINATED": 143,
     }
+
+
+@pytest.mark.parametrize("flag", ["--image-cpu-s", "--image-wall-s", "--image-memory-bytes"])
+def test_a_retry_names_the_flag_of_a_wrong_limit(flag, capsys):
+    assert main(["retry", "out", flag, "0"]) == 3
+    assert capsys.readouterr().err.startswith(f"blip2 retry: {flag} must be above 0 and finite, got 0")
