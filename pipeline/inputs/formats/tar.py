@@ -91,7 +91,7 @@ def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     try:
         return archive.next()
-    except (ValueError, OverflowError) as error:  # Of a size that no file has, or a field that is no number.
+    except (ValueError, OverflowError) as error:  # Of a size that no file has.
         reason = f"the tar is damaged before byte {archive.offset} ({error}); what follows was not read"
         raise tarfile.ReadError(reason) from None
 
@@ -145,6 +145,17 @@ def check_after_end(archive: tarfile.TarFile) -> str | None:
 _GNU_MAGIC = b"ustar  \0"
 """Of headers by GNU tar, which have times where others have the beginning of a long name."""
 
+_EXTENDING_TYPES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""Of headers with more about the next one, such as a long name."""
+MAX_EXTENSION_BYTES = 1 << 20
+"""Of such a header, as in libarchive."""
+
 
 class _Header(tarfile.TarInfo):
     """Reads headers like `tarfile`, but does not take a cut or damage for the end of the archive."""
@@ -155,11 +166,19 @@ class _Header(tarfile.TarInfo):
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # The stubs of tarfile lack it.
             raise  # The end-of-archive mark.
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, ValueError, OverflowError, RecursionError) as error:
+            # Or a field is no number, or hundreds of headers for the next one follow each other.
+            reason = "too many headers for one member" if isinstance(error, RecursionError) else error
             raise TarEndsEarly(
                 f"the tar is cut short or damaged at byte {archive.offset}, where a header or the "
-                f"end-of-archive mark is expected ({error}); what follows was not read"
+                f"end-of-archive mark is expected ({reason}); what follows was not read"
             ) from None
+
+    def _proc_member(self, archive: tarfile.TarFile) -> _Header:
+        """Read what a header announces, if it is not too much to be held in memory."""
+        if self.type in _EXTENDING_TYPES and self.size > MAX_EXTENSION_BYTES:
+            raise tarfile.HeaderError(f"a header for the next one has {self.size} bytes")
+        return cast(_Header, super()._proc_member(archive))  # type: ignore[misc]  # As `_block`.
 
     def _block(self, count: int) -> int:
         """Return the bytes that content takes with its padding; newer versions of `tarfile` check it too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import tarfile
 from functools import partial
 
 import numpy as np
@@ -195,6 +196,38 @@ def test_a_damaged_size_costs_the_sample_and_what_follows(tmp_path, size, compre
     rows, report = read_rows(write_tar_shard(tmp_path, compressed(with_size(content, 1024, size))))
     assert [row["key"] for row in rows] == ["0"]
     assert (report.num_rows, report.complete) == (1, False) and report.reason
+
+
+def _header(kind: bytes, size: int, content: bytes, count: int = 1) -> bytes:
+    """Return headers that extend the next one, such as a long name, with the size that they state."""
+    info = tarfile.TarInfo("more")
+    info.type, info.size = kind, size
+    return (info.tobuf(tarfile.GNU_FORMAT) + content.ljust(512, b"\0")) * count
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("num_samples", [0, 2])
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (_header(b"L", 1 << 40, b"long.jpg"), "has 1099511627776 bytes"),
+        (_header(b"K", 1 << 62, b"long.jpg"), "has 4611686018427387904 bytes"),
+        (_header(b"x", 1 << 80, b"12 path=long"), "has 1208925819614629174706176 bytes"),
+        (_header(b"g", 1 << 40, b"12 path=long"), "has 1099511627776 bytes"),
+        (_header(b"x", 21, b"21 GNU.sparse.size=z\n"), "'z'"),
+        (_header(b"x", 22, b"22 GNU.sparse.map=a,b\n"), "'a'"),
+        (_header(b"L", 5, b"a.jpg", count=2000), "too many headers for one member"),
+    ],
+)
+def test_a_bad_header_for_the_next_one_costs_no_row_before_it(
+    tmp_path, header, reason, num_samples, compressed
+):
+    """One that begins the tar, or states a size like these, ended the task that read it."""
+    before = tar_bytes([(f"{at}.jpg", b"image") for at in range(num_samples)])[: num_samples * 1024]
+    content = before + header + tar_bytes([("last.jpg", b"last")])
+    rows, report = read_rows(write_tar_shard(tmp_path, gzip.compress(content) if compressed else content))
+    assert [row["key"] for row in rows] == ["0", "1"][:num_samples]
+    assert report.num_rows == num_samples and not report.complete and reason in str(report.reason)
 
 
 def test_data_after_the_end_mark_is_reported(tmp_path):
