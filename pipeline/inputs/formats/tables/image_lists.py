@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.inputs.formats.tables.column_chunks import column_chunks
 from pipeline.inputs.formats.tables.columns import Columns
 from pipeline.schema import to_plain
 
@@ -19,15 +20,23 @@ KEYS, MEMBERS = "_blip2_keys", "_blip2_members"
 
 
 def group_sizes(metadata: pq.FileMetaData, columns: Columns) -> list[int]:
-    """Return the number of rows that each row group has."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    """Return the number of rows that each row group has.
+
+    Raises:
+        OSError: the footer is damaged. Row groups with more rows than the file must not become rows.
+    """
+    groups = range(metadata.num_row_groups)
+    sizes = [metadata.row_group(group).num_rows for group in groups]
+    if sum(sizes) != metadata.num_rows or min(sizes, default=0) < 0:
+        raise OSError(f"the footer is damaged: it has {metadata.num_rows} rows in row groups of {sum(sizes)}")
     if not columns.has_lists:
-        return [group.num_rows for group in groups]
+        return sizes
     schema = metadata.schema.to_arrow_schema()
     # By its place: names may have dots, so the path of a column `images.n` begins like that of `images`.
     before = list(schema)[: schema.get_field_index(columns.image.name)]
     place = sum(_num_leaves(field.type) for field in before)
-    return [group.column(place).num_values for group in groups]
+    chunks = [column_chunks(metadata, group, [columns.image.name]).get(place) for group in groups]
+    return [chunk.num_values if chunk else 0 for chunk in chunks]
 
 
 def _num_leaves(type: pa.DataType) -> int:

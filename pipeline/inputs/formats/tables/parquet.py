@@ -159,7 +159,7 @@ def _read_group(
     """
     try:
         for batch in file.iter_batches(
-            rows.batch_rows(file.metadata.row_group(group)),
+            rows.batch_rows(file.metadata, group),
             [group],
             rows.columns.names,
             use_threads=False,

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blip2_actor import Status
+from pipeline.inputs.formats.tables.column_chunks import column_chunks
 from pipeline.inputs.formats.tables.columns import Columns, is_bytes, is_text
 from pipeline.inputs.formats.tables.image_cells import Images, read_cells
 from pipeline.inputs.formats.tables.image_lists import KEYS, MEMBERS, unfold
@@ -81,16 +82,16 @@ class ParquetRows:
         keys = self._row_numbers(row, num_rows)
         return self._table(row, keys, images, pa.nulls(num_rows, pa.string()), others)
 
-    def batch_rows(self, group: pq.RowGroupMetaData) -> int:
-        """Return how many rows fill a table, by the average size of a row in the row group."""
-        chunks = (group.column(index) for index in range(group.num_columns))
-        num_bytes = sum(c.total_uncompressed_size for c in chunks if self._is_read(c.path_in_schema))
-        row_bytes = max(1, num_bytes // max(1, group.num_rows))
-        return max(1, min(self.options.table_rows, self.options.table_bytes // row_bytes))
+    def batch_rows(self, metadata: pq.FileMetaData, group: int) -> int:
+        """Return how many rows fill a table, by the average size of a row in a row group.
 
-    def _is_read(self, path: str) -> bool:
-        """Return whether a path of the file's schema lies in a column that is read; names may have dots."""
-        return any(path == name or path.startswith(f"{name}.") for name in self.columns.names)
+        Raises:
+            OSError: the footer is damaged.
+        """
+        chunks = column_chunks(metadata, group, self.columns.names)
+        num_bytes = sum(chunk.total_uncompressed_size for chunk in chunks.values())
+        row_bytes = max(1, num_bytes // max(1, metadata.row_group(group).num_rows))
+        return max(1, min(self.options.table_rows, self.options.table_bytes // row_bytes))
 
     def cut(self, batch: pa.RecordBatch) -> Iterator[tuple[int, int]]:
         """Yield the parts of a batch that are tables: each ends as soon as it has `table_bytes` bytes.

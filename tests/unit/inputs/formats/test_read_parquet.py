@@ -282,7 +282,7 @@ def test_batches_are_small_whatever_the_name_of_the_column(tmp_path, column):
     shard = write(tmp_path, table, compression="none", use_dictionary=False)
     options = ReadOptions(image_column=column, table_bytes=10_000)
     rows = ParquetRows("s", 0, Columns.find(parquet.schema_of(shard), options), options)
-    assert rows.batch_rows(pq.read_metadata(tmp_path / "0.parquet").row_group(0)) == 9
+    assert rows.batch_rows(pq.read_metadata(tmp_path / "0.parquet"), 0) == 9
     assert len(read_rows(shard, image_column=column)[0]) == 100
 
 
@@ -298,3 +298,28 @@ def test_an_empty_table_is_complete(tmp_path):
     rows, report = read_rows(write(tmp_path, {"image": pa.array([], pa.binary())}))
     assert (rows, report.num_rows, report.complete) == ([], 0, True)
     assert parquet.count_rows(shard_at(tmp_path / "0.parquet", "parquet"), ReadOptions()) == 0
+
+
+@pytest.mark.parametrize("images", [[b"a", None, b"b"], [[b"a"], [None, b"b"], []]], ids=["bytes", "lists"])
+def test_a_damaged_description_of_a_column_does_not_end_the_process(tmp_path, images):
+    """Without its mark for nulls, a column has fewer levels than its statistics, which Arrow refuses."""
+    shard = write(tmp_path, {"image": images})
+    content = (tmp_path / "0.parquet").read_bytes()
+    damaged = content.replace(b"\x02\x18\x05image", b"\0\x18\x05image")
+    assert damaged != content
+    (tmp_path / "0.parquet").write_bytes(damaged)
+    rows, report = read_rows(shard)
+    assert not report.complete and "size mismatch" in str(report.reason)
+    assert [row["status"] for row in rows] == ["unreadable"] * report.num_rows
+    assert parquet.count_rows(shard, ReadOptions()) == report.num_rows
+
+
+@pytest.mark.parametrize("num_rows", [5, 63, -3])
+def test_row_groups_that_do_not_make_up_the_file_are_no_rows(tmp_path, num_rows):
+    shard = write(tmp_path, {"image": [b"x" * 50] * 6}, compression="none", row_group_size=6)
+    content = (tmp_path / "0.parquet").read_bytes()
+    of_group = content.rindex(b"\x16\x0c")  # the number 6; the last one is that of the row group
+    varint = bytes([2 * num_rows if num_rows >= 0 else -2 * num_rows - 1])
+    (tmp_path / "0.parquet").write_bytes(content[: of_group + 1] + varint + content[of_group + 2 :])
+    rows, report = read_rows(shard)
+    assert not rows and report.num_rows == 0 and "the footer is damaged" in str(report.reason)
