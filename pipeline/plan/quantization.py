@@ -28,7 +28,7 @@ class Captioned:
     start: Cost
     """The cost of starting the engine."""
     engine_bytes: int
-    """Memory of the tensors that the engine keeps, on all devices."""
+    """Memory of the tensors that the engine keeps, on all devices; 0 if they were not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,8 @@ def tensor_bytes() -> int:
     gc.collect()
     sizes = {}
     for found in gc.get_objects():
-        if not issubclass(type(found), torch.Tensor):
+        # Tensors of other classes have no memory, or tensors in them that have it.
+        if type(found) not in (torch.Tensor, torch.nn.Parameter) or found.is_meta:
             continue
         if found.layout == torch.strided:
             storage = found.untyped_storage()  # which views share

@@ -87,8 +87,11 @@ def measure_stage_costs(
     decoded, decode_cost = _decode(settings, size_px, sample)
     # Timing repeats rows. The job would caption them once with this option, but here each one must count.
     spec = dataclasses.replace(settings.spec(engine), reuse_identical=False)
-    captioned, plain = _caption(spec, decoded, settings), plain_spec(spec)
-    effect = None if plain is None else compare(spec, captioned, _caption(plain, decoded, settings))
+    plain = plain_spec(spec)
+    captioned = _caption(spec, decoded, settings, counts_tensors=plain is not None)
+    effect = None
+    if plain is not None:
+        effect = compare(spec, captioned, _caption(plain, decoded, settings, counts_tensors=True))
     rows = captioned.rows
     with _plan_folder(settings.output) as folder:
         _write(folder, rows)
@@ -98,11 +101,13 @@ def measure_stage_costs(
     return StageCosts(rows, costs, captioned.start.wall_s, row_bytes, file_bytes, effect)
 
 
-def _caption(spec: CaptionSpec, decoded: pa.Table, settings: CaptionSettings) -> Captioned:
+def _caption(
+    spec: CaptionSpec, decoded: pa.Table, settings: CaptionSettings, *, counts_tensors: bool
+) -> Captioned:
     """Start an engine, and caption decoded rows into rows of the output."""
-    bytes_before = tensor_bytes()
+    bytes_before = tensor_bytes() if counts_tensors else 0
     captioning, start = measure(CaptionStage, spec)
-    engine_bytes = tensor_bytes() - bytes_before
+    engine_bytes = tensor_bytes() - bytes_before if counts_tensors else 0
     try:
         captioning(decoded.filter(_is_ok(decoded)).slice(0, 1))
         captioned, cost = _measure_per_row(captioning, decoded)

@@ -39,7 +39,7 @@ from pipeline.plan.make_plan import make_plan
 from pipeline.plan.model import MAX_ERRORS_SHOWN, RAY_START_S
 from pipeline.plan.plan import plan
 from pipeline.plan.prediction import predict
-from pipeline.plan.quantization import QuantizationEffect
+from pipeline.plan.quantization import QuantizationEffect, tensor_bytes
 from pipeline.plan.sample import take_sample
 from pipeline.progress import format_bytes
 from pipeline.settings.outputs import Outputs
@@ -376,6 +376,20 @@ def test_a_plan_says_what_quantization_changes(tmp_path, monkeypatch):
     assert re.search(r"images/s per actor instead of .* GiB instead of", printed)
     assert found.to_dict()["quantization"]["num_changed"] == effect.num_changed
     assert 0 < effect.engine_bytes < effect.plain_engine_bytes
+
+
+def test_tensors_are_counted_once_and_those_without_memory_are_not():
+    """Compiling leaves fake ones behind, whose memory cannot be asked for."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        without_memory = [torch.zeros(1 << 20), torch.zeros(1 << 20, device="meta")]
+    before = tensor_bytes()
+    kept = torch.zeros(1000)
+    with_memory = [kept, kept[10:], torch.nn.Parameter(torch.zeros(500))]
+    assert tensor_bytes() - before == 4 * 1500
+    del without_memory, with_memory
 
 
 def test_a_long_method_stands_apart_from_its_effect():
