@@ -49,6 +49,8 @@ USUAL_ADDRESS_COLUMNS = (
 )
 """With `--fetch`, the first of these names decides which column of text holds the addresses."""
 USUAL_KEY_COLUMNS = ("__key__", "key")
+MAX_NAMED_CHARS = 500
+"""Of the names of columns in a message."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,17 @@ def option_name(text: str) -> str:
     return "prompt_column" if text == PROMPT else "text to score"
 
 
+def _named(columns: pa.Schema) -> str:
+    """Return the names of columns for a message; without a header, a first line may be long."""
+    names = ", ".join(columns.names)
+    return names if len(names) <= MAX_NAMED_CHARS else f"{names[:MAX_NAMED_CHARS]}..."
+
+
 def _require_column(schema: pa.Schema, option: str, name: str) -> pa.Field:
     if schema.names.count(name) > 1:
         raise InputError(f"{option} must be one column, got {name!r}, the name of several; rename the others")
     if name not in schema.names:
-        raise InputError(f"{option} must be one of the columns {', '.join(schema.names)}, got {name!r}")
+        raise InputError(f"{option} must be one of the columns {_named(schema)}, got {name!r}")
     return schema.field(name)
 
 
@@ -169,18 +177,18 @@ def _find_image(schema: pa.Schema, options: ReadOptions) -> pa.Field:
                 return field
     if options.fetch and candidates and not found:
         raise InputError(
-            f"none of the columns {', '.join(schema.names)} has a usual name for addresses, such as url or "
+            f"none of the columns {_named(schema)} has a usual name for addresses, such as url or "
             "path; choose one with --image-column"
         )
-    names = ", ".join(field.name for field in found)
     if found:
+        names = _named(pa.schema(found))
         raise InputError(f"several columns could hold the image: {names}; choose one with --image-column")
     if options.fetch:
         raise InputError(
-            f"the table has no column of text, which could hold addresses, only {', '.join(schema.names)}"
+            f"the table has no column of text, which could hold addresses, only {_named(schema)}"
         )
     raise InputError(
-        f"the table has no column of image bytes, only {', '.join(schema.names)}; if one of them holds URLs "
+        f"the table has no column of image bytes, only {_named(schema)}; if one of them holds URLs "
         "or paths, use --image-column and --fetch; if it holds metadata of tars next to it, use --format "
         "webdataset"
     )

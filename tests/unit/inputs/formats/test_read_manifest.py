@@ -232,6 +232,7 @@ def test_lines_may_name_tars_and_tables(tmp_path: Path) -> None:
             "x,y\n1,2\n",
             "none of the columns x, y has a usual name .*; choose one with --image-column",
         ),
+        ("a.csv", f"data:;base64,{'a' * 10_000}\n", r"none of the columns data:;base64, a{486}\.\.\. has"),
         ("a.csv", "url;caption\nx;y\n", "first line .* has semicolons; a CSV must have commas"),
     ],
 )
