@@ -52,6 +52,20 @@ def write_together(writer: FragmentWriter, *tables) -> list[BaseException | None
         return list(pool.map(run, tables))
 
 
+def when_rows_are_held(writer: FragmentWriter, monkeypatch) -> threading.Event:
+    """Return an event that is set as soon as the writer holds rows of a call."""
+    has_rows = threading.Event()
+    add = writer._add
+
+    def add_and_tell(part):
+        batch = add(part)
+        has_rows.set()
+        return batch
+
+    monkeypatch.setattr(writer, "_add", add_and_tell)
+    return has_rows
+
+
 def test_rows_of_calls_that_wait_for_each_other_are_one_fragment(folder):
     writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
     assert write_together(writer, *(rows(range(n, n + 10)) for n in (0, 10, 20))) == [None] * 3
@@ -109,15 +123,7 @@ def test_a_call_that_fails_takes_only_its_own_rows_out_of_a_fragment_that_it_sha
         write_fragment(ledger, table)
 
     monkeypatch.setattr(Ledger, "write_fragment", write)
-    has_rows = threading.Event()
-    add = writer._add
-
-    def add_and_tell(part):
-        batch = add(part)
-        has_rows.set()
-        return batch
-
-    monkeypatch.setattr(writer, "_add", add_and_tell)
+    has_rows = when_rows_are_held(writer, monkeypatch)
 
     def share():
         with writer.call():
@@ -176,16 +182,8 @@ def test_an_error_reaches_every_call_whose_rows_are_not_written(folder, monkeypa
 
 def test_in_a_store_rows_of_a_call_that_begins_while_all_others_wait_join_theirs(store, monkeypatch):
     """Each call of a fast engine that waits for images was a fragment of its own."""
-    has_rows = threading.Event()
     writer = FragmentWriter(Ledger(store), fragment_rows=6, hold_s=LONG_S)
-    add = writer._add
-
-    def add_and_tell(part):
-        batch = add(part)
-        has_rows.set()
-        return batch
-
-    monkeypatch.setattr(writer, "_add", add_and_tell)
+    has_rows = when_rows_are_held(writer, monkeypatch)
 
     def first():
         with writer.call():

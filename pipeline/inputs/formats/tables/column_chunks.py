@@ -37,9 +37,6 @@ class _WithoutBytes(io.RawIOBase):
         self._position = _FILE_BYTES if whence == io.SEEK_END else position
         return self._position
 
-    def read(self, size: int = -1) -> NoReturn:
-        raise _BytesWanted
-
     def readinto(self, buffer: Any) -> NoReturn:
         raise _BytesWanted
 
