@@ -314,12 +314,20 @@ def test_a_damaged_description_of_a_column_does_not_end_the_process(tmp_path, im
     assert parquet.count_rows(shard, ReadOptions()) == report.num_rows
 
 
-@pytest.mark.parametrize("num_rows", [5, 63, -3])
-def test_row_groups_that_do_not_make_up_the_file_are_no_rows(tmp_path, num_rows):
-    shard = write(tmp_path, {"image": [b"x" * 50] * 6}, compression="none", row_group_size=6)
-    content = (tmp_path / "0.parquet").read_bytes()
-    of_group = content.rindex(b"\x16\x0c")  # the number 6; the last one is that of the row group
-    varint = bytes([2 * num_rows if num_rows >= 0 else -2 * num_rows - 1])
-    (tmp_path / "0.parquet").write_bytes(content[: of_group + 1] + varint + content[of_group + 2 :])
+@pytest.mark.parametrize("sizes", [[5], [63], [-3], [9, -3]])
+def test_row_groups_that_do_not_make_up_the_file_are_no_rows(tmp_path, sizes):
+    group_rows = 6 // len(sizes)
+    shard = write(tmp_path, {"image": [b"x" * 50] * 6}, compression="none", row_group_size=group_rows)
+    content = bytearray((tmp_path / "0.parquet").read_bytes())
+    footer = content.index(b"schema")
+    numbers = [
+        at for at in range(footer, len(content)) if content[at : at + 2] == bytes([0x16, 2 * group_rows])
+    ]
+    # Each row group has it twice: for the values of its column, and for its rows.
+    for at, size in zip(numbers[::-2], sizes, strict=False):
+        content[at + 1] = 2 * size if size >= 0 else -2 * size - 1
+    (tmp_path / "0.parquet").write_bytes(content)
+    metadata = pq.read_metadata(tmp_path / "0.parquet")
+    assert sorted(metadata.row_group(n).num_rows for n in range(len(sizes))) == sorted(sizes)
     rows, report = read_rows(shard)
     assert not rows and report.num_rows == 0 and "the footer is damaged" in str(report.reason)
