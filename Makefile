@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow kernels lowest cluster lint types docs coverage chaos pages picture wheel ci clean
+.PHONY: help install demo test slow kernels gpu lowest cluster lint types docs coverage chaos pages picture wheel ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ build/triton: deploy/constraints-cuda.txt | $(STAMP)
 
 kernels: build/triton  ## run the kernels for a GPU in triton's interpreter, on a CPU
 	PYTHONPATH=build/triton $(BIN)/python -m pytest --numprocesses=2 tests/kernels
+
+gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU, where they are not skipped; not in the default suite
+	$(BIN)/python -m pytest -m gpu tests/parity
+	$(BIN)/python -m pytest tests/kernels
 
 # torch is the one of constraints.txt. One file is left out because schemathesis does not fit the oldest packages, and one
 # test because older versions of transformers import torch's compiler.
