@@ -78,6 +78,14 @@ def test_rows_left_are_estimated_from_the_shards_of_known_length():
     assert Tracker([open_shard()]).estimate_rows_left() is None
 
 
+def test_a_shard_that_is_done_counts_for_the_mean_and_no_longer_as_work():
+    tracker = Tracker([open_shard("a", num_rows=100), open_shard("b", done=[(0, 30)])])
+    tracker.add(receipt(0, 60))
+    tracker.add_report(report_of(60))  # the listing said 100
+    tracker.take_complete()
+    assert (tracker.mean_rows, tracker.estimate_rows_left()) == (60, 30)
+
+
 def test_an_input_that_fails_is_noticed_after_enough_rows():
     tracker = Tracker([open_shard()])
     tracker.add(receipt(0, 400, status="undecodable"))
