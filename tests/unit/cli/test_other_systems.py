@@ -8,7 +8,7 @@ import sys
 import pytest
 
 WINDOWS = """
-import signal, sys
+import shutil, signal, sys
 sys.platform = "win32"
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None

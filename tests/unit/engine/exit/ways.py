@@ -86,12 +86,16 @@ def at_work(folder: Path) -> Engine:
 def interrupt(*after_s: float) -> None:
     """Press Ctrl-C at these times after the exit has begun."""
 
+    has_begun = threading.Event()
+
     def press() -> None:
+        has_begun.wait()
         for seconds in after_s:
             time.sleep(seconds)
             os.kill(os.getpid(), signal.SIGINT)
 
-    atexit.register(threading.Thread(target=press, daemon=True).start)
+    threading.Thread(target=press, daemon=True).start()  # Python 3.12 starts none once the exit has begun
+    atexit.register(has_begun.set)
 
 
 def interrupted(folder: Path) -> None:
