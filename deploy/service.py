@@ -171,11 +171,25 @@ class Service:
         return made
 
     async def make_each(
-        self, model: ServedModel, sources: Sequence[ImageSource], work: ImageWork
+        self, model: ServedModel, sources: Sequence[ImageSource], work: ImageWork, field: str = "image"
     ) -> list[Made]:
-        """Make the same of several images, admitted together; the first that fails ends all."""
+        """Make the same of several images, admitted together; the first that fails ends all.
+
+        Args:
+            field: the field of the request that has them; the error of one of several names its place there.
+        """
+
+        async def make(index: int, source: ImageSource) -> Made:
+            try:
+                return await self.make(model, source, work)
+            except ApiError as error:
+                place = f"{field}.{index}"
+                if len(sources) == 1 or error.code >= 503 or error.message.startswith(f"{place}:"):
+                    raise
+                raise ApiError(error.code, error.type, f"{place}: {error.message}") from None
+
         async with self.admit(cost_of(work, num_images=len(sources))):
-            tasks = [asyncio.ensure_future(self.make(model, source, work)) for source in sources]
+            tasks = [asyncio.ensure_future(make(*one)) for one in enumerate(sources)]
             try:
                 return await asyncio.gather(*tasks)
             finally:

@@ -106,7 +106,11 @@ def read_text(name: str, text: str, policy: FetchPolicy) -> ImageSource:
 
 async def read_texts(name: str, texts: Sequence[str], policy: FetchPolicy) -> list[ImageSource]:
     """Return images as `read_text` does, decoded where work on so many bytes belongs."""
-    return await in_lane(sum(map(len, texts)), lambda: [read_text(name, text, policy) for text in texts])
+    names = [name] if len(texts) == 1 else [f"{name}.{index}" for index in range(len(texts))]
+    return await in_lane(
+        sum(map(len, texts)),
+        lambda: [read_text(name, text, policy) for name, text in zip(names, texts, strict=True)],
+    )
 
 
 def _bounded(name: str, image: bytes, policy: FetchPolicy) -> bytes:

@@ -89,7 +89,7 @@ def openai_embeddings_router(service: Service) -> APIRouter:
         async with service.model(body.model) as model:
             name, urls = body.urls()
             images = await read_texts(name, urls, service.image_policy)
-            found = await service.make_each(model, images, ImageWork(features=True))
+            found = await service.make_each(model, images, ImageWork(features=True), name)
         vectors = [vector_of("qformer", made.outputs.features, None) for made in found]
         num_tokens = model.info.num_queries * len(images)
         answer = {

@@ -204,6 +204,6 @@ async def _relevance(
         work = ImageWork(scores=tuple(TextToScore(text=text) for text in texts))
     else:
         work = ImageWork(matches=tuple(texts))
-    outputs = [made.outputs for made in await service.make_each(model, images, work)]
+    outputs = [made.outputs for made in await service.make_each(model, images, work, "documents")]
     likelihoods = [math.exp(-(score.loss or 0.0)) for output in outputs for score in output.scores]
     return likelihoods or [match.itm or 0.0 for output in outputs for match in output.matches]

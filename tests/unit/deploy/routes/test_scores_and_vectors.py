@@ -88,6 +88,19 @@ def test_texts_are_ranked_for_an_image_and_images_for_a_text(captioning: EngineS
     assert captioning.costs[-1].slots == 3
 
 
+def test_the_error_of_one_of_several_images_names_its_place(captioning: EngineService) -> None:
+    good, bad = data_uri(IMAGE), data_uri(b"no image")
+    for path, field, others in (
+        ("/v1/rerank", "documents", {"query": "a dog"}),
+        ("/v1/embeddings", "input", {"model": "demo"}),
+    ):
+        code, kind, message = error_of(post(captioning, path, **others, **{field: [good, good, bad]}))
+        assert (code, kind) == (422, "undecodable") and message.startswith(f"{field}.2: ")
+        message = error_of(post(captioning, path, **others, **{field: [good, bad[:-1]]}))[2]
+        assert message.startswith(f"{field}.1 must be base64")
+        assert not error_of(post(captioning, path, **others, **{field: [bad]}))[2].startswith(field)
+
+
 @pytest.mark.parametrize(
     ("query", "documents"),
     [
