@@ -11,6 +11,14 @@ from transformers import Blip2Config
 from blip2_actor.checkpoints.json_file import read_json_object
 from blip2_actor.models.layers import ACTIVATIONS
 
+MAX_SIZES = {
+    **dict.fromkeys(("num_layers", "num_decoder_layers", "num_hidden_layers"), 1 << 10),
+    "image_size": 1 << 13,
+    **dict.fromkeys(("d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets"), 1 << 16),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "ffn_dim", "max_position_embeddings"), 1 << 16),
+}
+"""Of each part, several times those of the largest models; a damaged file asks for what no memory holds."""
+
 
 def read_model_config(folder: Path) -> Blip2Config:
     """Return the configuration in a checkpoint's folder.
@@ -68,6 +76,11 @@ def _require_values(config: Blip2Config, path: Path) -> None:
     has_patches = type(vision.image_size) is int and vision.image_size >= patch_px
     require(has_patches, "vision_config.image_size", f"a number of pixels, at least patch_size ({patch_px})")
     require(config.num_query_tokens > 0, "num_query_tokens", "at least 1")
+    require(config.num_query_tokens <= 1 << 16, "num_query_tokens", f"at most {1 << 16}")
+    for part_name in ("vision_config", "qformer_config", "text_config"):
+        for name, most in MAX_SIZES.items():
+            size = getattr(getattr(config, part_name), name, None) or 0
+            require(size <= most, f"{part_name}.{name}", f"at most {most}")
     require(qformer.cross_attention_frequency > 0, "qformer_config.cross_attention_frequency", "at least 1")
     parts = {"vision_config": vision, "qformer_config": qformer}
     activations = ["vision_config.hidden_act", "qformer_config.hidden_act"]
