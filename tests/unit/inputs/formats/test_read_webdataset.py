@@ -292,8 +292,9 @@ def test_a_link_or_a_file_that_is_too_large_costs_only_its_row(tmp_path):
 def test_headers_of_every_dialect_are_read_as_tarfile_reads_them(tmp_path, format):
     # The fast path for ordinary headers must not change a name, a size or a type.
     names = ["a.jpg", "d" * 90 + "/" + "n" * 60 + ".jpg", "größe.jpg", "x" * 99 + "/y.jpg"]
-    names += [] if format == tarfile.USTAR_FORMAT else ["long/" * 60 + "k.jpg"]
-    content = tar_bytes([(name, name.encode() * 3) for name in names], format=format)
+    names += [] if format == tarfile.USTAR_FORMAT else ["long/" * 800 + "k.jpg"]
+    attributes = {"LIBARCHIVE.xattr.user.note": "x" * 20_000}
+    content = tar_bytes([(x, x.encode() * 3) for x in names], format=format, pax_headers=attributes)
     rows, report = read_rows(write_tar_shard(tmp_path, content))
     assert [row["key"] + ".jpg" for row in rows] == names
     assert [row["image"] for row in rows] == [name.encode() * 3 for name in names]
