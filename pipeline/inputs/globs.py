@@ -70,9 +70,14 @@ def is_glob(text: str) -> bool:
 
 
 def matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match the parts of a glob; `**` stands for any number of folders."""
+    """Whether the parts of a path match the parts of a glob; `**` stands for any number of folders.
+
+    At the end it stands for what is below a folder, and not for the folder, which may be a file.
+    """
     if not pattern:
         return not path
+    if list(pattern) == ["**"]:
+        return bool(path)
     if pattern[0] == "**":
         return matches(path, pattern[1:]) or (bool(path) and matches(path[1:], pattern))
     return bool(path) and fnmatchcase(path[0], pattern[0]) and matches(path[1:], pattern[1:])

@@ -42,6 +42,7 @@ def test_braces_are_expanded_like_in_a_shell(text, expanded):
         ("[ab]?/0.tar", "a1/0.tar", True, False),
         ("[ab]?/0.tar", "a1", False, True),
         ("a/**", "a/b", True, True),
+        ("a/**", "a", False, True),
         ("*.TAR", "0.tar", False, False),
     ],
 )
