@@ -65,11 +65,12 @@ def print_settings(arguments: list[str]) -> int:
     given = make_parser().parse_args(arguments[as_json:])
     try:
         build(ServeSettings, vars(given))
+        settings = effective_settings(given, ServeSettings)
+        lines = [settings_as_json("serve", settings)] if as_json else [*settings_as_toml("serve", settings)]
     except ValueError as error:
         return _fail(error, REFUSED)
-    settings = effective_settings(given, ServeSettings)
-    lines = [settings_as_json("serve", settings)] if as_json else settings_as_toml("serve", settings)
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    text = "".join(f"{line}\n" for line in lines)
+    sys.stdout.write(text.encode(errors="backslashreplace").decode())  # an escape of JSON
     return 0
 
 

@@ -55,10 +55,16 @@ def settings_as_words(settings: Iterable[EffectiveSetting]) -> list[str]:
 
 
 def settings_as_toml(part: str, settings: Iterable[EffectiveSetting]) -> Iterator[str]:
-    """Yield the lines of a configuration file with the same meaning; defaults are comments."""
+    """Yield the lines of a configuration file with the same meaning; defaults are comments.
+
+    Raises:
+        ValueError: a value is not UTF-8, and TOML has no escape for such bytes.
+    """
     yield f"[{part}]" if part.isalnum() else f"[{_toml(part)}]"
     for setting in settings:
         key = setting.flag.removeprefix("--")
+        if any("\ud800" <= character <= "\udfff" for character in _toml(setting.value)):
+            raise ValueError(f"{setting.flag} must be UTF-8 in TOML, got {setting.value!r}; use --json")
         if setting.value is None:
             yield f"# {key} is not set"
         elif setting.source == DEFAULT:

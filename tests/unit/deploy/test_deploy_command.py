@@ -52,6 +52,14 @@ def test_an_address_of_ipv6_is_served_and_shown_in_brackets(
     assert "curl -F image=@photo.jpg http://[::1]:1/v1/caption" in local_service._invitation(settings)
 
 
+def test_bytes_that_are_not_utf8_are_printed_in_json_alone(capsys) -> None:
+    words = ["--model", "demo", "--keys-file", "keys\udcff"]
+    assert main(["config", *words]) == 3
+    assert "--keys-file must be UTF-8 in TOML" in capsys.readouterr().err
+    assert main(["config", "--json", *words]) == 0
+    assert r"keys\udcff" in capsys.readouterr().out
+
+
 def test_an_unknown_model_is_refused_by_name(tmp_path: Path, free_port: int, capsys) -> None:
     assert main(["--model", str(tmp_path / "nothing"), "--port", str(free_port)]) == 3
     assert str(tmp_path / "nothing") in capsys.readouterr().err

@@ -163,5 +163,11 @@ def test_defaults_are_printed_as_comments() -> None:
     assert {"# limit is not set", "# mode = false", "# keep = []"} <= set(lines)
 
 
+def test_settings_that_toml_cannot_hold_are_not_printed() -> None:
+    settings = effective_settings(make_parser().parse_args(["photos\udcff"]), Settings)
+    with pytest.raises(ValueError, match=r"--input must be UTF-8 in TOML, got .*udcff.*; use --json"):
+        list(settings_as_toml("run", settings))
+
+
 def test_words_after_two_dashes_are_values(tmp_path: Path) -> None:
     assert make_parser().parse_args(["--limit", "1", "--", "-photos", "b"]).input == ["./-photos", "b"]
