@@ -92,7 +92,8 @@ def test_a_ray_that_does_not_start_is_one_sentence_and_status_1(
     monkeypatch: pytest.MonkeyPatch, free_port: int, capsys
 ) -> None:
     """On a loaded machine Ray raises a plain Exception after 30 s; it was a traceback."""
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    monkeypatch.setattr(os, "environ", inherited)  # it sets more for Ray than one test should leave
 
     def time_out(**_: object) -> None:
         raise Exception("The current node timed out during startup. This could happen because ...\nmore")

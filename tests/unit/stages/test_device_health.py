@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,17 +81,18 @@ def test_a_failure_that_several_calls_meet_counts_once(monkeypatch):
     """An engine that failed once under eight calls was left out as if it had failed eight times."""
     coordinator = Coordinator()
     has_exited = threading.Event()
-    stage = write.WriteStage.__new__(write.WriteStage)
-    stage._giving_up, stage._device, stage._calls = threading.Lock(), GPU, {"a", "b"}
+    stage: Any = write.WriteStage.__new__(write.WriteStage)
+    stage._giving_up, stage._device, stage._calls = threading.Semaphore(), GPU, {"a", "b"}
     stage._coordinator = SimpleNamespace(device_failed=SimpleNamespace(remote=coordinator.device_failed))
     monkeypatch.setattr(write.ray, "get", lambda answer, timeout: answer)
     monkeypatch.setattr(write.os, "_exit", lambda status: has_exited.set())
-    calls = [threading.Thread(target=stage._give_up, args=("no progress",), daemon=True) for _ in range(3)]
-    for call in calls:
-        call.start()
-    assert has_exited.wait(10)
-    calls[-1].join(0.1)
-    assert [failure.number for failure in coordinator.news().failures] == [1]
+    with ThreadPoolExecutor() as threads:
+        calls = [threads.submit(stage._give_up, "no progress") for _ in range(3)]
+        has_exited.wait(10)
+        wait(calls, 0.1)
+        failures = coordinator.news().failures
+        stage._giving_up.release(2)  # the process would be gone, and its threads with it
+    assert [failure.number for failure in failures] == [1]
 
 
 def test_a_row_that_was_captioned_shows_that_the_device_works():

@@ -22,7 +22,7 @@ from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.inputs.size_estimate import estimate_size
 from pipeline.inputs.stamps import read_unchanged
-from pipeline.storage import retrying, retrying_file, whole_files
+from pipeline.storage import fsspec_errors, retrying, retrying_file, whole_files
 from tests.unit.fetching.web_server import ClosingServer
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
@@ -91,6 +91,7 @@ def hang_up(server: Server) -> None:
 def shard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shard]:
     monkeypatch.setattr(Server, "num_gets", 0)
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(fsspec_errors, "WHOLE_FILES", whole_files.WholeFiles())
     with ClosingServer(Server) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         root = f"http://127.0.0.1:{server.server_port}"

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs
 
 import pytest
-from huggingface_hub import HfFileSystem, constants
+from huggingface_hub import HfFileSystem, close_session, constants
 
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
@@ -87,6 +87,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         HfFileSystem.clear_instance_cache()
         yield
         HfFileSystem.clear_instance_cache()
+        close_session()
         server.shutdown()
 
 
