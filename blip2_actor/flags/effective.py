@@ -85,7 +85,7 @@ def _json_value(value: Any) -> Any:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -41,7 +41,7 @@ class Decoding:
         if claimed is None or claimed <= LARGE_PIXELS or is_above_limit:
             # A picture that claims too much is refused by its header, in no time.
             decoded = await self._usual.decode(image, min(claimed or LARGE_PIXELS, LARGE_PIXELS))
-            if decoded.status is not Status.TOO_LARGE or self._max_pixels <= LARGE_PIXELS:
+            if decoded.status is not Status.TOO_LARGE:
                 return decoded
             if is_above_limit:
                 error = f"the image has {claimed} pixels, more than max_pixels ({self._max_pixels})"

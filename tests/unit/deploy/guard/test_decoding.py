@@ -125,6 +125,19 @@ async def test_a_picture_above_the_limit_does_not_wait_behind_large_ones(lanes: 
     leave()
 
 
+async def test_small_pictures_have_a_process_that_no_other_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SMALL_PIXELS", 100)
+    made = Decoding(8, ImageLimits(), 2)
+    leave = await made._usual._gate.enter(1, 200, "somebody with a picture of the usual size")
+    async with asyncio.timeout(5):
+        assert (await made.decode(picture(10, 6))).status is Status.OK
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await made.decode(picture(20, 10))
+    leave()
+    made.close()
+
+
 async def test_a_large_picture_does_not_wait_behind_small_ones(lanes: Decoding) -> None:
     leave = await lanes._usual._gate.enter(1, 1, "somebody with a small picture")
     async with asyncio.timeout(5):
