@@ -15,7 +15,7 @@ import pytest
 
 from blip2_actor import Calibration, EngineConfig, GenerationOptions, Request
 from blip2_actor.testing import fake_features, save_tiny_checkpoint
-from deploy.openai.chat_request import ChatBody
+from deploy.openai.chat_request import MIN_TEMPERATURE, ChatBody
 from tests.unit.deploy.routes.engine_service import (
     EngineService,
     ask,
@@ -261,6 +261,11 @@ def test_tokens_after_a_stop_text_have_no_place_in_the_log_probabilities(bytewis
         ({"temperature": 0.5, "seed": 3}, GenerationOptions(do_sample=True, temperature=0.5, seed=3)),
         ({"top_p": 0.5, "seed": 3}, GenerationOptions(do_sample=True, top_p=0.5, seed=3)),
         ({"top_k": -1}, GenerationOptions()),
+        ({"top_k": 5, "seed": 3}, GenerationOptions(do_sample=True, top_k=5, seed=3)),
+        (
+            {"temperature": 1e-9, "top_k": -1, "seed": 3},
+            GenerationOptions(do_sample=True, temperature=MIN_TEMPERATURE, seed=3),
+        ),
         (
             {"min_tokens": 2, "repetition_penalty": 1.5},
             GenerationOptions(min_new_tokens=2, repetition_penalty=1.5),
