@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from benchmarks.sides.engine_sides import EngineSide, ReferenceSide, Work
-from blip2_actor import EngineConfig
 from blip2_actor.engine import core
 from blip2_actor.models import kv_cache, residual, vision
 from blip2_actor.models.residual import normalize
 from blip2_actor.testing import save_tiny_checkpoint
+from tests.engines import cpu_config
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
@@ -58,7 +58,7 @@ def test_tokens_are_those_of_the_reference(
 ) -> None:
     monkeypatch.setattr(core, "reads_late", lambda device: queued_ahead)
     folder = save_tiny_checkpoint(tmp_path, language)
-    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", max_slots=4, num_threads=1)
+    config = cpu_config(folder, max_slots=4)
     found = EngineSide(config, WORK, num_beams).run()
     assert kernels == {"Attention of decode steps"}, (
         "kernels replace torch's other operations in half precision"

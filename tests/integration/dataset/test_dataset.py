@@ -15,11 +15,11 @@ import ray
 from PIL import Image
 
 import pipeline
-from blip2_actor import GenerationOptions, decode_image
+from blip2_actor import GenerationOptions
 from blip2_actor.testing import FakeEngineConfig, fake_caption
 from pipeline import Placement
+from tests.integration.inputs import SIZE_PX, right_caption
 
-SIZE_PX = 32
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
@@ -28,10 +28,6 @@ def png(seed: int, side: int = 40) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
-
-
-def right_caption(image: bytes, prompt: str | None = None) -> str:
-    return fake_caption(decode_image(image, SIZE_PX).array(SIZE_PX), prompt)
 
 
 def by_id(ds) -> list[dict]:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.confidence import degrade
-from blip2_actor import Calibration, EngineConfig
+from blip2_actor import Calibration
 from blip2_actor.demo.examples import make_examples
 from pipeline.cli.main import main
 from pipeline.inputs.reader import ReadOptions
@@ -25,6 +25,7 @@ from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.retry_settings import RetrySettings
+from tests.engines import cpu_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -52,7 +53,7 @@ def test_a_run_is_calibrated_and_the_next_one_says_how_sure_it_is(tmp_path: Path
     settings = CaptionSettings(
         input=(str(tmp_path / "in.parquet"),),
         output=str(tmp_path / "known"),
-        engine=EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=1, skip_self_test=True),
+        engine=cpu_config("demo", skip_self_test=True),
         reading=ReadOptions(keep=("truth",)),
         max_failed_fraction=1.0,
     )

@@ -11,6 +11,7 @@ from ray import serve
 from blip2_actor import EngineConfig
 from blip2_actor.testing import FakeEngineConfig, save_tiny_checkpoint
 from deploy.settings import OnlineImageLimits
+from tests.engines import cpu_config
 from tests.integration.online.endpoint import FAULTY, NUM_CALLERS, caption_of, target
 from tests.ports import free_port
 
@@ -24,7 +25,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package")
 def real_engine(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     model = save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-    return EngineConfig(model=str(model), device="cpu", dtype="float32", num_threads=1)
+    return cpu_config(model)
 
 
 @pytest.fixture(scope="package")

@@ -14,6 +14,7 @@ from benchmarks.sides.map_batches import Captioner
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.demo.scenes import SceneSampler, draw
+from tests.engines import cpu_config
 
 WORK: Work = [(0, None, 4), (1, "what is it?", 4), (0, "a", 4), (1, None, 6)]
 
@@ -30,7 +31,7 @@ def test_the_reference_reads_the_prompts_that_the_engine_reads(
 ) -> None:
     """In the published T5 models the default prompt is token 1 alone, which is padding in those of OPT."""
     folder = checkpoint_folder(language, **ids)
-    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1)
+    config = cpu_config(folder)
     ours = EngineSide(config, WORK, 1)
     theirs = ReferenceSide(folder, "float32", "cpu", WORK, 1)
     assert ours.run() == theirs.run(4) == theirs.run(1)

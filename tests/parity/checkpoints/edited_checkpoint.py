@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
 
-from blip2_actor import EngineConfig, GenerationOptions, Request
+from blip2_actor import GenerationOptions, Request
 from blip2_actor.testing import IMAGE_TOKEN_ID, NUM_QUERIES
+from tests.engines import cpu_config
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -60,9 +61,7 @@ def engine_ids(
     **engine: Any,
 ) -> list[list[int]]:
     """Return the new tokens of the engine, in float32."""
-    config = EngineConfig(
-        model=str(folder), device="cpu", dtype="float32", num_threads=1, skip_self_test=True, **engine
-    )
+    config = cpu_config(folder, skip_self_test=True, **engine)
     requests = [Request(image=image, prompt=prompt) for image in images]
     with config.build() as started:
         results = started.generate(requests, *([] if options is None else [options]))

@@ -12,15 +12,14 @@ import torch
 from blip2_actor import EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints import device_map as splitting
 from blip2_actor.testing import random_images
+from tests.engines import cpu_config
 
 LAYERS = {"opt": "language_model.layers", "t5": "language_model.decoder"}
 
 
 def captions(folder: Path, device_map: str | None) -> tuple[list[tuple[int, ...]], list[float | None]]:
     """Return token ids and scores; check that parameters are offloaded exactly if there is a device map."""
-    config = EngineConfig(
-        model=str(folder), dtype="float32", device="cpu", num_threads=1, device_map=device_map
-    )
+    config = cpu_config(folder, device_map=device_map)
     pictures = [image.numpy() for image in random_images(4)]
     with config.build() as engine:
         requests = [Request(image=p, prompt=t) for p in pictures for t in (None, "what is it?")]

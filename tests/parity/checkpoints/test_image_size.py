@@ -14,6 +14,7 @@ from transformers import Blip2ForConditionalGeneration
 
 from blip2_actor import Blip2Actor, EngineConfig, GenerationOptions
 from blip2_actor.testing import IMAGE_SIZE_PX
+from tests.engines import cpu_config
 from tests.parity.checkpoints.edited_checkpoint import pixel_values, reference_ids
 
 PATCH_PX = 7
@@ -30,9 +31,7 @@ def test_tokens_and_features_equal_the_references(
 ) -> None:
     folder = checkpoint_folder(language)
     images = list(np.random.default_rng(0).integers(0, 256, (2, size_px, size_px, 3), np.uint8))
-    config = EngineConfig(
-        model=str(folder), device="cpu", dtype="float32", num_threads=1, image_size_px=size_px
-    )
+    config = cpu_config(folder, image_size_px=size_px)
     actor = Blip2Actor(config, GenerationOptions(max_new_tokens=8))
     try:
         found = [list(result.token_ids) for result in actor.caption(images)]

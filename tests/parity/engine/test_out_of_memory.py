@@ -11,6 +11,7 @@ import torch
 
 from blip2_actor import Engine, GenerationOptions, Request, Result, Status
 from blip2_actor.engine import scheduler
+from blip2_actor.engine.out_of_memory import ShrinkingBatches
 from blip2_actor.engine.self_test import check
 from blip2_actor.testing import random_images
 from tests.engines import cpu_config
@@ -98,6 +99,25 @@ def test_memory_that_runs_out_between_two_passes_does_not_end_the_engine(
     assert tokens(engine.generate(requests)) == tokens(expected)
     assert called
     assert engine._core.scheduler.limits.max_slots == 4
+
+
+def test_batches_are_halved_until_one_item_alone_does_not_fit() -> None:
+    sizes: list[int] = []
+
+    def work(items: list[str]) -> list[str]:
+        sizes.append(len(items))
+        if "large" in items:
+            out_of_memory()
+        if "wrong" in items:
+            raise RuntimeError("of another kind")
+        return items
+
+    batches = ShrinkingBatches(4, "texts")
+    with pytest.raises(RuntimeError, match="of another kind"):
+        batches.run(work, ["a", "b", "wrong"])
+    with pytest.raises(torch.OutOfMemoryError):
+        batches.run(work, ["a", "b", "large"])
+    assert sizes == [3, 3, 2, 1, 1]
 
 
 @pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blip2_actor import DecodedImage, EngineConfig, GenerationOptions, ImageLimits
+from blip2_actor import DecodedImage, GenerationOptions, ImageLimits
 from blip2_actor.testing import FakeEngineConfig
 from deploy.command import main
 from deploy.observe import metrics
@@ -23,10 +23,11 @@ from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.made import Made
 from deploy.reuse.shared_work import SharedWork
 from deploy.work import ImageOutputs, ImageWork
+from tests.engines import cpu_config
 from tests.unit.deploy.routes.engine_service import EngineService, ask, caption_of, png
 
 STORED_RUN = Path(__file__).parents[2] / "fixtures" / "stored_run"
-DEMO = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=1)
+DEMO = cpu_config("demo")
 
 
 def made(name: str) -> Made:

@@ -11,10 +11,11 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from blip2_actor import EngineConfig, GenerationOptions
+from blip2_actor import GenerationOptions
 from deploy.command import main
 from deploy.observe import tracing
 from deploy.observe.request_record import timed
+from tests.engines import cpu_config
 from tests.unit.deploy.otlp_collector import collecting
 from tests.unit.deploy.routes.engine_service import EngineService, ask, png
 
@@ -39,7 +40,7 @@ def test_the_parts_of_a_request_are_spans(
     exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(tracing.COLLECTOR[0], COLLECTOR)
-    demo = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=1)
+    demo = cpu_config("demo")
     service = EngineService(demo, GenerationOptions(max_new_tokens=5))
     prompt = "Question: what is this? Answer:"
     answer = ask(service, "POST", "/v1/caption", content=png(), params={"prompt": prompt}).json()

@@ -19,6 +19,7 @@ from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs, ScoreKind
 from pipeline.stages.caption import CaptionStage
+from tests.engines import cpu_config
 from tests.unit.stages.decoded_tables import decoded
 
 OPTIONS = GenerationOptions(max_new_tokens=4)
@@ -28,7 +29,7 @@ VECTORS = Outputs.of(embeds={"seen": "vision", "mean": "qformer"}, scores={"fit"
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CaptionStage]:
     folder = save_tiny_checkpoint(tmp_path_factory.mktemp("opt"))
-    engine = EngineConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1)
+    engine = cpu_config(folder)
     started = CaptionStage(CaptionSpec(engine=engine, options=OPTIONS, outputs=VECTORS))
     yield started
     started.close()

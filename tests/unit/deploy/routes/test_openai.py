@@ -13,9 +13,10 @@ import numpy as np
 import openai
 import pytest
 
-from blip2_actor import Calibration, EngineConfig, GenerationOptions, Request
+from blip2_actor import Calibration, GenerationOptions, Request
 from blip2_actor.testing import fake_features, save_tiny_checkpoint
 from deploy.openai.chat_request import MIN_TEMPERATURE, ChatBody
+from tests.engines import cpu_config
 from tests.unit.deploy.routes.engine_service import (
     EngineService,
     ask,
@@ -171,7 +172,7 @@ def test_a_choice_says_how_sure_it_is_as_a_caption_does(service: EngineService) 
 def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineService]:
     """A model whose tokens are single bytes, which sometimes end inside a character."""
     model = save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-    config = EngineConfig(model=str(model), device="cpu", dtype="float32", num_threads=1)
+    config = cpu_config(model)
     made = EngineService(config, GenerationOptions(max_new_tokens=12))
     yield made
     made.captioner._actor.close()
