@@ -125,7 +125,9 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-def test_an_endpoint_that_takes_no_work_for_a_while_is_waited_for(kind: str, told) -> None:
+def test_an_endpoint_that_takes_no_work_for_a_while_is_waited_for(kind: str, told, monkeypatch) -> None:
+    monkeypatch.setattr(remote_engine, "TELL_EVERY_S", 0.001)
+    monkeypatch.setattr(remote_engine, "ANSWER_S", 0.0)  # of the trial before work alone
     sizes: list[int] = []
 
     def answer(exchange: Exchange) -> None:
@@ -527,7 +529,9 @@ def test_the_trial_before_work_ends_while_the_endpoint_is_busy(monkeypatch: pyte
         EndpointConfig(endpoint=Endpoint(url)).with_info().try_out(Outputs(), GenerationOptions())
 
 
-def test_the_trial_before_work_says_what_the_endpoint_refuses() -> None:
+def test_the_trial_before_work_says_what_the_endpoint_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_engine, "TELL_EVERY_S", 0.001)  # how often it looks whether that takes long
+
     def config(url: str) -> EndpointConfig:
         return EndpointConfig(endpoint=Endpoint(url)).with_info()
 

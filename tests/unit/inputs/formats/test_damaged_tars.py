@@ -7,6 +7,7 @@ import gzip
 import lzma
 import tarfile
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.inputs.formats import tar
 from tests.unit.inputs.formats.reading_cases import (
     encoded,
     read_rows,
@@ -254,9 +256,12 @@ def test_a_file_that_is_no_tar_is_a_partial_shard_without_rows(tmp_path, content
     assert report.reason is not None and report.reason.startswith(str(tmp_path))
 
 
-def test_a_tar_that_no_longer_exists_is_partial(tmp_path):
-    rows, report = read_rows(shard_at(tmp_path / "gone.tar", "webdataset"))
+def test_a_tar_that_no_longer_exists_is_partial(tmp_path, monkeypatch):
+    shard = shard_at(tmp_path / "gone.tar", "webdataset")
+    rows, report = read_rows(shard)
     assert (rows, report.num_rows, report.complete) == ([], 0, False)
+    monkeypatch.setattr(tar, "open_below", Mock(side_effect=TimeoutError))  # which says nothing
+    assert read_rows(shard)[1].reason == f"{shard.uri}: TimeoutError"
 
 
 def test_an_empty_tar_is_complete(tmp_path):
