@@ -153,9 +153,8 @@ _EXTENDING_TYPES = (
     tarfile.SOLARIS_XHDTYPE,
 )
 """Of headers with more about the next one, such as a long name."""
-MAX_EXTENSION_BYTES = 32 << 10
-"""Of such a header. It is enough for paths and attributes of files; CPython before 3.11.10 and 3.12.6 takes
-the square of the bytes, here up to two seconds, to read one with nothing but digits."""
+MAX_EXTENSION_BYTES = 1 << 20
+"""Of such a header, as in libarchive."""
 
 
 class _Header(tarfile.TarInfo):
