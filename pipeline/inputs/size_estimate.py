@@ -101,7 +101,7 @@ def _scan(shard: Shard, options: ReadOptions) -> _Scan:
 
 def _extrapolate(scans: Sequence[_Scan], num_bytes: int) -> tuple[int, int, int]:
     """Return how many rows `num_bytes` hold: at the average, lowest and highest density of the scans."""
-    densities = [scan.num_rows / scan.num_bytes for scan in scans if scan.num_rows and scan.num_bytes]
+    densities = [scan.num_rows / scan.num_bytes for scan in scans if scan.num_bytes]
     if not densities:
         return 0, 0, 0
     average = sum(scan.num_rows for scan in scans) / sum(scan.num_bytes for scan in scans)

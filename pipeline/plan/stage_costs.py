@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from blip2_actor import EngineBuilder, Status
+from blip2_actor import EngineBuilder, ModelInfo, Status
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import commit_shard
+from pipeline.ledger.commit import RUN_KEY, commit_shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.layout import PLAN_FOLDERS, STATE
 from pipeline.plan.cost import Cost, measure
@@ -70,21 +70,21 @@ class StageCosts:
 
 
 def measure_stage_costs(
-    settings: CaptionSettings, engine: EngineBuilder, size_px: int, sample: Sample, rows_per_shard: int
+    settings: CaptionSettings, engine: EngineBuilder, info: ModelInfo, sample: Sample, rows_per_shard: int
 ) -> StageCosts:
     """Decode, caption and write a sample.
 
     Args:
         settings: the job.
         engine: the engine that captions.
-        size_px: the image size of the model.
+        info: the model of the engine.
         sample: rows of the input, and what reading them cost.
         rows_per_shard: about how many rows a shard of the input has.
 
     Raises:
         ValueError: no image of the sample can be decoded.
     """
-    decoded, decode_cost = _decode(settings, size_px, sample)
+    decoded, decode_cost = _decode(settings, info.image_size_px, sample)
     # Timing repeats rows. The job would caption them once with this option, but here each one must count.
     spec = dataclasses.replace(settings.spec(engine), reuse_identical=False)
     plain = plain_spec(spec)
@@ -94,9 +94,10 @@ def measure_stage_costs(
         effect = compare(spec, captioned, _caption(plain, decoded, settings, counts_tensors=True))
     rows = captioned.rows
     with _plan_folder(settings.output) as folder:
-        _write(folder, rows)
+        metadata = {RUN_KEY: settings.fingerprint(info).canonical.encode()}
+        _write(folder, rows, metadata)
         row_bytes, file_bytes = _written_bytes(folder, len(rows))
-        write_cost = _write_cost(folder, rows, min(rows_per_shard, _rows_of_fragment(rows)))
+        write_cost = _write_cost(folder, rows, min(rows_per_shard, _rows_of_fragment(rows)), metadata)
     costs = {"read": sample.cost, "decode": decode_cost, "caption": captioned.cost, "write": write_cost}
     return StageCosts(rows, costs, captioned.start.wall_s, row_bytes, file_bytes, effect)
 
@@ -155,15 +156,15 @@ def _measure_per_row(stage: Callable[[pa.Table], pa.Table], table: pa.Table) -> 
     return result, cost.per_row(len(table))
 
 
-def _write(folder: Folder, rows: pa.Table) -> None:
-    """Write rows as a fragment, and commit them as a shard."""
+def _write(folder: Folder, rows: pa.Table, metadata: Mapping[bytes, bytes]) -> None:
+    """Write rows as a fragment, and commit them as a shard with this metadata in its footer."""
     columns = {"shard": ["sample"] * len(rows), "row": range(len(rows))}
     for name, values in columns.items():
         position = rows.column_names.index(name)
         rows = rows.set_column(position, rows.schema.field(name), pa.array(values))
     report = ShardReport(shard="sample", num_rows=len(rows), complete=True)
     write_fragment(folder, rows)
-    commit_shard(folder, report, {}, file_name=WRITTEN_SAMPLE)
+    commit_shard(folder, report, metadata, file_name=WRITTEN_SAMPLE)
 
 
 def _written_bytes(folder: Folder, num_rows: int) -> tuple[float, int]:
@@ -181,10 +182,10 @@ def _rows_of_fragment(rows: pa.Table) -> int:
     return min(FRAGMENT_ROWS, max(1, num_fitting))
 
 
-def _write_cost(folder: Folder, rows: pa.Table, num_rows: int) -> Cost:
+def _write_cost(folder: Folder, rows: pa.Table, num_rows: int, metadata: Mapping[bytes, bytes]) -> Cost:
     """Return what writing a row costs in a fragment of `num_rows`, which share the cost of its files."""
     copies = rows.take(pa.array([number % len(rows) for number in range(num_rows)], pa.int64()))
-    _, cost = measure(_write, folder, copies)
+    _, cost = measure(_write, folder, copies, metadata)
     return cost.per_row(num_rows)
 
 

@@ -157,6 +157,15 @@ def test_rows_of_tars_are_extrapolated_by_bytes(tmp_path, monkeypatch, ending):
     assert estimate_size(list_shards(str(tmp_path), limit=200), 200).num_rows == 200
 
 
+def test_empty_tars_are_the_sparsest(tmp_path, monkeypatch):
+    """They counted in the average and not in the bounds: about 8 rows were said to be 166 to 166."""
+    monkeypatch.setattr(size_estimate, "SCANNED_ROWS_PER_TAR", 2)
+    for at, num_rows in enumerate([0, 0, 6]):
+        write_tar(tmp_path / f"{at}.tar", {f"{row}": b"image" for row in range(num_rows)})
+    found = estimate_size(list_shards(str(tmp_path)))
+    assert 0 == found.min_rows < found.num_rows < found.max_rows
+
+
 def test_small_inputs_are_counted(tmp_path):
     write_tars(tmp_path, num_tars=3, rows_per_tar=11)
     found = estimate_size(list_shards(str(tmp_path)))
@@ -194,6 +203,14 @@ def test_the_cost_of_opening_a_file_is_not_shared_by_the_sampled_rows_alone(monk
     assert len(taken.rows) == 64 and len(taken.shards) == 16
     # One read-ahead of 4 MiB has 64 rows of 64 KiB.
     assert taken.cost.wall_s == pytest.approx(1 / 64 + 0.001, rel=0.05)
+
+
+def test_the_settings_in_each_footer_count_as_bytes_of_the_output(tmp_path):
+    """Without them, the files of small shards were said to be half as large as they are."""
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
+    few = make_plan(settings(tmp_path / "in"), FakeEngineConfig())
+    many = make_plan(settings(tmp_path / "in", include=("*.tar", "x" * 5000)), FakeEngineConfig())
+    assert many.output_bytes - few.output_bytes > 5000
 
 
 def test_a_fragment_of_large_rows_has_fewer_of_them(tmp_path, monkeypatch):
