@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _MAX_ERROR_CHARS = 200
+_MOST = {"cpu_s": 1_000_000_000, "wall_s": 2_000_000, "memory_bytes": (1 << 63) - 1}
+"""The largest limits that the timers and resource limits of a decoding process take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,9 @@ class ImageLimits:
         for name in ("max_pixels", "max_file_bytes", "cpu_s", "wall_s", "memory_bytes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -291,3 +291,18 @@ def test_every_malformed_image_has_an_outcome_and_its_neighbors_are_unchanged() 
             assert image.error and image.error.isprintable() and len(image.error) < 300, name
     statuses = {image.status for image in decoded[::2]}
     assert {Status.OK, Status.UNDECODABLE, Status.TOO_LARGE} <= statuses
+
+
+MOST: dict[str, Any] = {"cpu_s": 1_000_000_000, "wall_s": 2_000_000, "memory_bytes": (1 << 63) - 1}
+
+
+def test_the_largest_limits_decode():
+    with DecodePool(SIZE, ImageLimits(**MOST)) as pool:
+        assert pool.decode(GOOD[:1]) == EXPECTED[:1]
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_limit_that_no_timer_takes_is_refused(name):
+    """With one, no image could be decoded, or an OverflowError ended the job."""
+    with pytest.raises(ValueError, match=f"{name} must be at most {MOST[name]:,}, got "):
+        ImageLimits(**{name: MOST[name] + 1})
