@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from datetime import UTC, datetime
 
 from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.attempts.store import read_attempts
@@ -14,7 +14,7 @@ from pipeline.inputs.size_estimate import estimate_size
 from pipeline.plan.model import Plan
 from pipeline.plan.sample import take_sample
 from pipeline.plan.stage_costs import measure_stage_costs
-from pipeline.settings.deadline import stop_time
+from pipeline.settings.deadline import RESERVE, time_left
 from pipeline.settings.plan_settings import AnyPlanSettings
 from pipeline.storage.folder import Folder
 
@@ -29,7 +29,9 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
     Raises:
         ValueError, OSError: the job would raise it too, or no image of the sample can be decoded.
     """
-    job = settings.job()
+    deadline = settings.deadline
+    # Every new settings object looks at its deadline, which comes nearer meanwhile.
+    job = dataclasses.replace(settings, deadline=None).job()
     listing = list_input(
         job.input, format=job.format, limit=job.limit, options=job.read_options, patterns=job.patterns
     )
@@ -54,15 +56,17 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         num_accelerators=_num_accelerators(engine),
         price_per_hour=settings.price_per_hour,
         earlier_start_s=_earlier_start_s(settings.output, info),
-        deadline_s=_deadline_s(job.deadline),
+        deadline=deadline,
+        deadline_s=_deadline_s(deadline),
     )
 
 
 def _deadline_s(deadline: str | None) -> float | None:
-    """Return the seconds from now until a job must begin to stop; None without a deadline."""
-    now = datetime.now(UTC)
-    at = stop_time(deadline, now)
-    return None if at is None else (at - now).total_seconds()
+    """Return the seconds from now until a job must begin to stop; None without a deadline.
+
+    The settings have accepted the deadline, which may be over since: they are below zero then.
+    """
+    return None if deadline is None else (time_left(deadline) - RESERVE).total_seconds()
 
 
 def _earlier_start_s(output: str, info: ModelInfo) -> float | None:

@@ -51,6 +51,8 @@ class Plan:
     """The measured machine, in words."""
     earlier_start_s: float | None = None
     """Seconds that the last start with this model took, as the output has recorded it."""
+    deadline: str | None = None
+    """As it was given."""
     deadline_s: float | None = None
     """Seconds from the plan to the moment at which the job would begin to stop for its deadline."""
 
@@ -180,7 +182,7 @@ class Plan:
         num_files = self.size_estimate.num_shards
         yield f"output    about {format_bytes(self.output_bytes)} in {count(num_files, 'Parquet file')}"
         if self.deadline_s is not None:
-            yield f"deadline  {self.settings.deadline}, {self._what_meets(self.deadline_s)}"
+            yield f"deadline  {self.deadline}, {self._what_meets(self.deadline_s)}"
         if self.failed_fraction > self.settings.max_failed_fraction:
             yield (
                 f"failures  {self.failed_fraction:.1%} of the sample; this is above --max-failed-fraction "

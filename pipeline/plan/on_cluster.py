@@ -46,8 +46,8 @@ def make_plan_on_cluster(settings: AnyPlanSettings, engine: EngineBuilder | None
     from pipeline.watch.waiting import wait_for
 
     refuse_relative("input", settings.input)
+    job = settings.job()  # It looks at the deadline, which may be over when the cluster answers.
     with connected() as cluster:
-        job = settings.job()
         engine = engine or job.builder
         reservations = reserve(job.placement, cluster, engine)
         caption = reservations.caption

@@ -40,6 +40,14 @@ def stop_time(deadline: str | None, now: datetime | None = None) -> datetime | N
     return at - RESERVE
 
 
+def time_left(deadline: str) -> timedelta:
+    """Return the time until a deadline that was accepted before; it is negative when the deadline is over."""
+    now = datetime.now(UTC)
+    at = _parse(deadline, now)
+    assert at is not None
+    return at - now
+
+
 def _parse(deadline: str, now: datetime) -> datetime | None:
     """Return the time that a deadline names, or None if it is too late for a `datetime`."""
     duration = _DURATION.fullmatch(deadline)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from pipeline.plan.prediction import predict
 from pipeline.plan.quantization import QuantizationEffect, tensor_bytes
 from pipeline.plan.sample import take_sample
 from pipeline.progress import format_bytes
+from pipeline.settings import deadline as deadline_module
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
 from pipeline.settings.plan_settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
@@ -472,6 +474,23 @@ def test_a_plan_says_whether_the_deadline_is_met(tmp_path, deadline, stage, said
     )
     assert found.to_dict()["meets_deadline"] is meets
     assert said in next(line for line in found.lines() if line.startswith("deadline"))
+
+
+@pytest.mark.parametrize("settings_type", [PlanSettings, PlanEmbedSettings])
+def test_a_deadline_that_passes_while_a_plan_is_made_does_not_refuse_it(tmp_path, monkeypatch, settings_type):
+    """The time was looked at again after the measurements, and the plan was lost."""
+
+    class AnHourLater(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(hours=1)
+
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
+    soon = f"{datetime.now(UTC) + timedelta(minutes=30):%Y-%m-%dT%H:%M}"
+    planned = settings_type(input=(str(tmp_path / "in"),), deadline=soon)
+    monkeypatch.setattr(deadline_module, "datetime", AnHourLater)
+    lines = "\n".join(make_plan(planned, FakeEngineConfig()).lines())
+    assert f"deadline  {soon}, before which no image is captioned" in lines
 
 
 def test_a_sample_whose_captions_are_flagged_would_end_the_run_with_2(tmp_path):
