@@ -67,7 +67,7 @@ def unfold(batch: pa.RecordBatch, image: str, first_row: int) -> pa.RecordBatch:
     members = [f"{image}[{place}]" if held else None for place, held in zip(places, has_image, strict=True)]
     elements = lists.flatten().take(pa.array(np.cumsum(has_image) - 1, mask=~has_image))
     names = [name for name in batch.schema.names if name != image]
-    others = {name: batch.column(name).take(pa.array(parents)) for name in names}
+    others = {name: to_plain(batch.column(name)).take(pa.array(parents)) for name in names}
     keys = pa.array(first_row + parents).cast(pa.string())
     return pa.RecordBatch.from_pydict(
         others | {image: elements, KEYS: keys, MEMBERS: pa.array(members, pa.string())}
