@@ -7,8 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import Summary, read_summary
+from pipeline.ledger.commit import Summary, read_summary, summary_in
 from pipeline.ledger.fragments import (
     list_shard_files,
     read_shard_report,
@@ -21,6 +24,7 @@ from pipeline.ledger.retry import report_of
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState, unfinished
 from pipeline.ledger.summaries import keep_summaries
+from pipeline.schema import RUN_ID_KEY
 from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder
 
@@ -34,7 +38,7 @@ def sweep(
     commit: Callable[[ShardReport], Summary | None],
     is_slice: bool = False,
 ) -> OutputState:
-    """Delete half-written files, and commit the shards that lack no row.
+    """Delete half-written files and those of late workers, and commit the shards that lack no row.
 
     A finished shard with fragments is committed again: a straggler or a retry wrote them after its file.
 
@@ -50,8 +54,9 @@ def sweep(
     names = {shard.name for shard in run.shards}
     if not is_slice:
         state = state.of_shards(names)
-        folder.delete_files([*state.leftovers, *state.unread_lists(run)])
-        state = replace(state, leftovers=(), shard_lists=(run.shard_list,))
+        late = [shard for shard in state.finished - names if _is_of_run(folder, shard, run)]
+        folder.delete_files([*state.leftovers, *state.unread_lists(run), *map(output_name, late)])
+        state = replace(state.without(late), leftovers=(), shard_lists=(run.shard_list,))
     state = _move_old_reports(folder, state, names)
     reports = [p.report for p in unfinished(folder, run, state) if p.report is not None and p.is_complete]
     for shard in sorted(names & state.finished & (state.fragments.keys() | state.shard_reports.keys())):
@@ -64,6 +69,18 @@ def sweep(
     with suppress(OSError):  # the footers have the same summaries
         kept_in = keep_summaries(folder, committed)
     return _after_commits(folder, state, committed, kept_in)
+
+
+def _is_of_run(folder: Folder, shard: str, run: Run) -> bool:
+    """Return whether a run has written the file of a shard, under this name.
+
+    A late worker may commit a part of a table after the table was begun again and has other parts since.
+    """
+    try:
+        metadata = folder.read(output_name(shard), lambda file: pq.read_metadata(file).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
+    return metadata.get(RUN_ID_KEY) == run.id.encode() and summary_in(metadata).shard == shard
 
 
 def _move_old_reports(folder: Folder, state: OutputState, shards: Set[str]) -> OutputState:

@@ -14,6 +14,7 @@ from pipeline.ledger.commit import read_summary
 from pipeline.ledger.layout import SHARD_LIST, slices_shard_list
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import FORMAT_VERSION, Run
+from pipeline.schema import RUN_ID_KEY
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
@@ -203,6 +204,25 @@ def test_a_start_deletes_late_fragments_of_shards_that_the_run_no_longer_has(led
     state = ledger.sweep(make_run("a.tar"), ledger.scan(), {}, is_slice=is_slice)
     assert (fragment.name in ledger.folder.names()) == bool(state.fragments) == is_slice
     assert bool(ledger.scan().shard_reports) == bool(state.shard_reports) == is_slice
+
+
+def test_a_start_deletes_late_files_of_shards_that_the_run_no_longer_has(ledger):
+    """Whatever reads the folder read their rows with those of the table's new parts."""
+    run = dataclasses.replace(make_run("a.tar"), id="run")
+    ledger.begin(run)
+
+    def commit(name: str, run_id: str) -> None:
+        ledger.write_fragment(rows([0], shard=name))
+        ledger.commit(ShardReport(shard=name, num_rows=1, complete=True), {RUN_ID_KEY: run_id.encode()})
+
+    for name, run_id in (("a.tar", run.id), ("table.parquet~0-9", run.id), ("foreign.tar", "another")):
+        commit(name, run_id)
+    ledger.folder.put("copy.parquet", ledger.folder.get("a.tar.parquet") or b"")
+    ledger.folder.put("damaged.parquet", b"PAR1")
+    all_files = {"a.tar", "table.parquet~0-9", "foreign.tar", "copy", "damaged"}
+    assert ledger.sweep(run, ledger.scan(), {}, is_slice=True).finished == all_files
+    kept = all_files - {"table.parquet~0-9"}
+    assert ledger.sweep(run, ledger.scan(), {}).finished == kept == ledger.scan().finished
 
 
 def test_a_folder_is_listed_with_links_and_without_what_is_no_file(ledger, tmp_path):
