@@ -125,3 +125,17 @@ def to_plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     except pa.ArrowException:
         # Arrow 26 cannot cast a null struct with a dictionary, and makes invalid lists of some list views.
         return pa.array(column.to_pylist(), plain)
+
+
+def cast_to(column: pa.Array | pa.ChunkedArray, type: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    """Return a column in another type.
+
+    Raises:
+        pa.ArrowInvalid: the type does not hold a value.
+    """
+    found = column.cast(type)
+    try:
+        found.validate()
+    except pa.ArrowInvalid:  # Arrow 26 makes too few nulls in structs and lists, of the same type too.
+        return pa.array(column.to_pylist(), type)
+    return found

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.ledger.layout import RUN_FILE, is_result
 from pipeline.report.rows import FinishedRows
-from pipeline.schema import ROW_CONTRACT, plain_type, to_plain
+from pipeline.schema import ROW_CONTRACT, cast_to, plain_type, to_plain
 from pipeline.storage.folder import Folder
 
 NEEDED = ("key", "shard", "row", "sha256", "caption", "status", "error", "width", "height")
@@ -97,7 +97,7 @@ def _column(rows: pa.Table, field: pa.Field) -> pa.Array | pa.ChunkedArray:
     """Return a column of a file in its type in all files; null if the file lacks it."""
     if field.name not in rows.column_names:
         return pa.nulls(len(rows), field.type)
-    return to_plain(rows[field.name]).cast(field.type)
+    return cast_to(to_plain(rows[field.name]), field.type)
 
 
 Rows = FinishedRows | PlainRows

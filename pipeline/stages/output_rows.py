@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from blip2_actor import Result, Status
-from pipeline.schema import IDENTITY, output_schema
+from pipeline.schema import IDENTITY, cast_to, output_schema
 from pipeline.stages.caption import CaptionStage, FinishedRows
 from pipeline.stages.row_result import RowResult
 
@@ -72,7 +72,7 @@ def _failed(
 def _select(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return the columns of a schema; those that are missing are null."""
     arrays = [
-        rows[field.name].cast(field.type)
+        cast_to(rows[field.name], field.type)
         if field.name in rows.column_names
         else pa.nulls(len(rows), field.type)
         for field in schema

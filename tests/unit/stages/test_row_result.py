@@ -68,3 +68,30 @@ def test_a_text_that_is_no_utf8_fails_alone():
     assert rows["label"].to_pylist() == [7, 7, None, 7, 7]
     assert rows["error"][2].as_py().startswith("the row cannot be written: UnicodeEncodeError")
     stage.close()
+
+
+@pytest.mark.parametrize(
+    ("type", "value"),
+    [
+        (pa.list_(pa.null()), [None, None]),
+        (pa.list_(pa.struct([("license", pa.null())])), [{"license": None}, {"license": None}]),
+        (pa.map_(pa.string(), pa.list_(pa.null())), [("a", [None, None])]),
+    ],
+    ids=str,
+)
+def test_kept_lists_of_nulls_without_a_type_can_be_written(type, value):
+    """Arrow 26 makes too few nulls in a cast: such rows could not be written, and failed."""
+    table = decoded(
+        map(pixels_of, range(4)),
+        key=pa.array("abcd"),
+        shard=pa.array(["s"] * 4),
+        row=pa.array(range(4), pa.int64()),
+        member=pa.nulls(4, pa.string()),
+        label=pa.array([value] * 4, type),
+    )
+    stage = CaptionStage(CaptionSpec(engine=FakeEngineConfig()))
+    for positions in ([0], [1, 2], [3]):
+        rows = output_rows(table, [(n, result("a text")) for n in positions], ["label"], stage)
+        assert rows["status"].to_pylist() == ["ok"] * len(positions)
+        assert rows["label"].to_pylist() == [value] * len(positions)
+    stage.close()

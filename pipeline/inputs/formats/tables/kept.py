@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.errors import InputError
 from pipeline.inputs.formats.tables.texts import valid_texts
 from pipeline.inputs.reader import Tables
-from pipeline.schema import plain_type
+from pipeline.schema import cast_to, plain_type
 
 
 def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
@@ -106,7 +106,7 @@ def _fitting(column: pa.Array, field: pa.Field) -> tuple[pa.Array, str | None]:
 def _cast(column: pa.Array, type: pa.DataType) -> pa.Array:
     """Return a column in another type; values that the type does not hold are null."""
     try:
-        return column.cast(type)
+        return cast_to(column, type)
     except pa.ArrowInvalid:
         if len(column) == 1:
             return pa.nulls(1, type)
