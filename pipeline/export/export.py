@@ -32,6 +32,10 @@ def export(settings: ExportSettings) -> int:
     console = Console()
     with before_work(type(settings)):
         found = FinishedRows.find(settings.output, settings.input)
+        if settings.to == "txt" and found.shards and "caption" not in found.schema().names:
+            raise ValueError(
+                f"to must not be txt for a run without captions, got {settings.output}; use jsonl"
+            )
         if settings.to not in TABLES:
             require_same_input(found, settings.input)
         destination = Destination.begin(settings.into, settings.to, found)

@@ -127,6 +127,17 @@ def test_text_has_a_line_per_row(run, tmp_path):
     assert found["text"] == [(row["caption"] or "").replace("\n", " ") for row in rows]
 
 
+def test_a_run_without_captions_is_no_text(tmp_path, capsys):
+    """It was a KeyError with its traceback, after the folder had been made."""
+    write_tars(tmp_path / "in", 1, 2)
+    write_run(tmp_path / "in", tmp_path / "out")
+    (path,) = (tmp_path / "out").rglob("*.parquet")
+    pq.write_table(pq.read_table(path).drop_columns("caption"), path)
+    assert export(tmp_path / "out", "txt", tmp_path / "made") == 3
+    assert "--to must not be txt for a run without captions, got " in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
 def test_an_image_folder_is_read_by_datasets(run, tmp_path):
     import datasets
 
