@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 MIN_SIMILARITY = 0.5
 """A suggestion must share at least this much with what was typed (`difflib`: 0 is nothing, 1 is equal)."""
+MIN_FLAG_SIMILARITY = 0.55
+"""The same for the names of flags, among which there are more: `prompt` and `format` share 0.5."""
 
 _HABITS = {
     "batches are made while it runs; --max-slots limits the texts at once, --encode-batch the images": (
@@ -49,6 +51,7 @@ _HABITS = {
     "use --url": "endpoint",
     "use --verbose": "debug v",
     "use --log-level debug": "debug v verbose",
+    "use --version": "v",
     "use --yes": "force y",
     "blip2 plan measures a sample, and changes no --output": "dry-run",
     "finished rows stay as they are; run the same command again to resume, or give another --output": (
@@ -79,4 +82,6 @@ def advice_for(flag: str, known: Sequence[str]) -> str:
     for advice, habits in _HABITS.items():
         if name in habits.split() and set(_FLAG.findall(advice)) <= set(known):
             return f"; {advice}"
-    return did_you_mean(flag, known)
+    names = {one.lstrip("-"): one for one in known}  # without dashes, which every flag has in common
+    near = difflib.get_close_matches(name, names, 1, MIN_FLAG_SIMILARITY)
+    return f"; did you mean {names[near[0]]}?" if near else ""
