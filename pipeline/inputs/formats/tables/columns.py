@@ -136,7 +136,15 @@ def option_name(text: str) -> str:
 
 def _named(columns: pa.Schema) -> str:
     """Return the names of columns for a message; without a header, a first line may be long."""
-    names = ", ".join(columns.names)
+    return _cut(", ".join(columns.names))
+
+
+def _typed(columns: pa.Schema) -> str:
+    """Return the names of columns with their types, which say why none of them will do."""
+    return _cut(", ".join(f"{field.name} ({field.type})" for field in columns))
+
+
+def _cut(names: str) -> str:
     return names if len(names) <= MAX_NAMED_CHARS else f"{names[:MAX_NAMED_CHARS]}..."
 
 
@@ -185,10 +193,10 @@ def _find_image(schema: pa.Schema, options: ReadOptions) -> pa.Field:
         raise InputError(f"several columns could hold the image: {names}; choose one with --image-column")
     if options.fetch:
         raise InputError(
-            f"the table has no column of text, which could hold addresses, only {_named(schema)}"
+            f"the table has no column of text, which could hold addresses, only {_typed(schema)}"
         )
     raise InputError(
-        f"the table has no column of image bytes, only {_named(schema)}; if one of them holds URLs "
+        f"the table has no column of image bytes, only {_typed(schema)}; if one of them holds URLs "
         "or paths, use --image-column and --fetch; if it holds metadata of tars next to it, use --format "
         "webdataset"
     )

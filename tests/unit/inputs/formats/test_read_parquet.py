@@ -143,7 +143,8 @@ def test_a_table_that_cannot_be_opened_is_refused_by_its_name(tmp_path):
     ("columns", "options", "message"),
     [
         ({"a": [b"x"], "b": [b"y"]}, {}, "could hold the image: a, b; choose one with --image-column"),
-        ({"url": ["u"], "sha256": ["s"]}, {}, "no column of image bytes, only url, sha256"),
+        ({"url": ["u"], "sha256": ["s"]}, {}, r"image bytes, only url \(string\), sha256 \(string\)"),
+        ({"image": [1.5]}, {}, r"no column of image bytes, only image \(double\); if"),
         (
             {"image": [b"x"]},
             {"image_column": "img"},
