@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.progress.wording import cut
+
 REGENERATED = "regenerated"
 """The flag of a caption that was generated again, because the first one had flags; it is no fault itself."""
 NO_FAULTS = {REGENERATED, "truncated", "abstained"}
@@ -79,6 +81,6 @@ class CaptionCounts:
         if self.are_the_same and self.same:
             lines.append(
                 f"warning: {self.num_same:,} of {self.num_captions:,} captions are the same "
-                f"({self.same[:MAX_SHOWN_CHARS]!r}); check the checkpoint, --dtype and --prompt"
+                f"({cut(self.same, MAX_SHOWN_CHARS)!r}); check the checkpoint, --dtype and --prompt"
             )
         return lines

@@ -258,8 +258,9 @@ def _count_endings(files: Iterable[str]) -> dict[str, int]:
 
 
 def _most_frequent(endings: Mapping[str, int]) -> str:
-    """Describe files by their five most frequent endings: `2 .json, 1 without ending`."""
+    """Describe files by ending, six of them or five and the rest: `2 .json, 1 without ending`."""
     by_frequency = sorted(endings.items(), key=lambda entry: (-entry[1], entry[0]))
-    named = [f"{count:,} {ending}" for ending, count in by_frequency[:5]]
-    others = sum(count for _, count in by_frequency[5:])
+    num_named = len(by_frequency) if len(by_frequency) <= 6 else 5
+    named = [f"{count:,} {ending}" for ending, count in by_frequency[:num_named]]
+    others = sum(count for _, count in by_frequency[num_named:])
     return ", ".join([*named, *([f"{others:,} others"] if others else [])])

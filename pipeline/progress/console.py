@@ -165,7 +165,7 @@ class Console:
             if self.is_json:
                 self.event("phase", name=self._phase, seconds=round(seconds, 3))
             else:
-                self.say(f"{self._phase}: {duration(seconds) if seconds >= 1 else f'{seconds:.1f} s'}")
+                self.say(f"{self._phase}: {duration(seconds)}")
         self._phase, self._phase_began = name, now
         if self._area is not None:
             self._area.begin_phase(name)

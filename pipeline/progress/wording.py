@@ -29,9 +29,11 @@ def count(number: int, noun: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return a duration in at most two units: 3 d 4 h, 5 min 6 s."""
+    """Return a duration in at most two units: 3 d 4 h, 5 min 6 s, 0.2 s."""
     if seconds is None:
         return "unknown"
+    if 0.05 <= seconds < 0.95:
+        return f"{seconds:.1f} s"
     seconds = int(seconds + 0.5)
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     for (big, big_s), (small, small_s) in pairwise(units):

@@ -182,7 +182,8 @@ def _drive(
             if not ids or num_others < per_actor:
                 raise
             held += hold_device(error.device)
-            console.warn(f"{error.device} is left out; the job goes on with {num_others:g} others")
+            others = count(int(num_others), "other")
+            console.warn(f"{error.device} is left out; the job goes on with {others}")
             placement = fit(job.settings.placement, int(num_others / per_actor), cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
             left = _left(job, job.ledger.scan())

@@ -42,6 +42,7 @@ def reconciled(folder: Folder, captions: list[str | None], flags: list[list[str]
         ([f"caption {n}" for n in range(40)], [[]] * 40, 0.0, None),
         ([""] * 40, [["empty"]] * 40, 1.0, "40 of 40 captions are flagged (100.0%)"),
         (["a cat"] * 40, [[]] * 40, 1.0, "40 of 40 captions are the same ('a cat')"),
+        (["a cat " * 20] * 40, [[]] * 40, 1.0, "a cat a cat…')"),
         (["a cat"] * 30 + [f"{n}" for n in range(10)], [[]] * 40, 0.75, "30 of 40 captions are the same"),
         (["a cat"] * 10, [[]] * 10, 0.0, None),  # ten pictures of one cat
         (

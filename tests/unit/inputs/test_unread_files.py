@@ -89,6 +89,15 @@ def test_an_output_that_is_the_folder_of_the_input_is_refused(tmp_path, named):
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.parquet"]
 
 
+def test_a_sixth_ending_is_named(tmp_path):
+    """It was `1 others`, which takes as much room as its name."""
+    for name in ["a.jpg", "a.aae", "a.db", "a.dng", "a.mov", "a.pdf", "a.svg"]:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    said = "6 files not read: 1 .aae, 1 .db, 1 .dng, 1 .mov, 1 .pdf, 1 .svg"
+    assert prepare_run(tmp_path).notes == (said,)
+
+
 def test_files_that_are_not_read_are_counted_by_ending(tmp_path):
     names = ["a.jpg", "b.JPG", "c.mp4", "d.MP4", "e.txt", "f.pdf", "g.svg", "h.psd", "i.cr2", "README"]
     ignored = ["Thumbs/@eaDir/a.jpg", "__MACOSX/a.jpg", ".DS_Store", "._a.jpg"]

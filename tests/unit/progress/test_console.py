@@ -152,7 +152,7 @@ def test_the_area_is_gone_at_its_end_and_what_was_said_stays(monkeypatch):
             said.fail("it is broken")
             said.show(NOW)
         said.say("done")
-    assert "starting Ray: 0.0 s" in lines_of(shown[0])
+    assert "starting Ray: 0 s" in lines_of(shown[0])
     assert re.search(r"\x1b\[[\d;]*31mit is broken", shown[0])  # red
     after = shown[0].rpartition("\x1b[?25h")[2]  # the cursor is shown again, and the lines are erased
     assert after.count("\x1b[2K") >= 5 and lines_of(after)[-2:] == ["done", ""]

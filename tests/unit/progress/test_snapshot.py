@@ -39,6 +39,11 @@ def test_a_duration_has_at_most_two_units():
     assert [duration(s) for s in (None, 0, 59.6, 90061)] == ["unknown", "0 s", "1 min", "1 d 1 h"]
 
 
+def test_less_than_a_second_is_said_in_tenths():
+    """`200 rows in 1 s of work (399.2 rows/s)` contradicted itself, and so did `23 rows in 0 s`."""
+    assert [duration(s) for s in (0.04, 0.19, 0.501, 0.96, 1.4)] == ["0 s", "0.2 s", "0.5 s", "1 s", "1 s"]
+
+
 def test_trouble_comes_first_because_a_terminal_cuts_lines():
     now = ProgressSnapshot(
         num_rows=0, num_failed=0, images_per_s=0, shards_done=0, num_shards=9, left_s=None, trouble="full"

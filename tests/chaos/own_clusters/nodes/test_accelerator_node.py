@@ -50,7 +50,7 @@ def test_an_accelerator_that_hangs_is_left_out_and_costs_no_row(tmp_path: Path, 
     check_output(output, truth)
     said = log.read_text()
     assert said.count("accelerator 0 of") >= 3 and "accelerator 1 of" not in said, said
-    assert "is left out; the job goes on with 1 others" in said
+    assert "is left out; the job goes on with 1 other" in said
 
 
 @pytest.mark.timeout(300)
