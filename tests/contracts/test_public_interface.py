@@ -6,10 +6,12 @@ import ast
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import blip2_actor
+import pipeline
 from blip2_actor import Engine, EngineBuilder, EngineConfig, EngineLike
 from blip2_actor.testing import FakeEngine, FakeEngineConfig
 
@@ -78,6 +80,12 @@ OPEN_TO_SIBLINGS = (
 
 def test_the_public_names_are_frozen() -> None:
     assert blip2_actor.__all__ == PUBLIC
+
+
+@pytest.mark.parametrize("package", [blip2_actor, pipeline])
+def test_a_notebook_completes_every_public_name(package: ModuleType) -> None:
+    """Names that are imported late were missing from `dir`."""
+    assert set(package.__all__) <= set(dir(package))
 
 
 @pytest.mark.parametrize("name", PUBLIC)

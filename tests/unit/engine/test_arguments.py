@@ -231,6 +231,7 @@ def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.Captu
         (lambda e: e.submit(PIXELS, prompt=1), "prompt must be one text for all images, got int"),
         (lambda e: e.generate(PIXELS, {"num_beams": 2}), "options must be GenerationOptions, got dict"),
         (lambda e: e.generate(PIXELS, max_token=2), "max_token is not an option; .* max_new_tokens"),
+        (lambda e: e.generate(PIXELS, promt="a"), r"promt is not an option; do you mean prompt\?"),
         (lambda e: e.submit(PIXELS, max_length=2), "max_length is not an option; give max_new_tokens"),
         (lambda e: e.generate(PIXELS, do_sample="yes"), "do_sample must be true or false, got 'yes'"),
         (lambda e: e.generate(PIXELS, temperature="hot"), "temperature must be a number, got 'hot'"),
