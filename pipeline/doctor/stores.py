@@ -11,6 +11,7 @@ from blip2_actor import DecodePool
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.images_of_rows import read_images
 from pipeline.finding import Finding
+from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
@@ -28,6 +29,8 @@ def check_input(inputs: Sequence[str]) -> Finding:
     """List an input, and read and decode one of its first images."""
     try:
         shards = list_shards(inputs)
+        if shards:
+            check_options(shards[:1], ReadOptions())
         error = _first_error(shards[0]) if shards else "no file that is read"
     except (ValueError, OSError, pa.ArrowException) as raised:
         return _problem("input", raised, "give another --input, or the missing permission")

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import constants
@@ -345,6 +347,9 @@ def test_inputs(tmp_path):
     found = stores.check_input([str(tmp_path / "*.png")])
     require(found, "fail", "*.png")
     assert ";" not in found.found and found.remedy == "check the pattern", "one remedy, that of the error"
+    pq.write_table(pa.table({"url": ["http://a/b.jpg"]}), tmp_path / "urls.parquet")
+    found = stores.check_input([str(tmp_path / "urls.parquet")])  # it said that the table has no rows
+    require(found, "fail", "no column of image bytes, only url (string); if one of them holds URLs or paths")
 
 
 def test_outputs(tmp_path):
