@@ -151,7 +151,7 @@ class AttemptRecorder:
     @property
     def all(self) -> Attempts:
         """All attempts of this run, with this one as far as it is."""
-        return Attempts((*self.earlier, self._attempt))
+        return Attempts((*self.earlier, dataclasses.replace(self._attempt, points=self._timeline.points)))
 
     @property
     def _seconds(self) -> float:

@@ -253,6 +253,16 @@ def test_an_attempt_knows_those_before_it_and_totals_count_all(tmp_path):
     assert said.endswith(f" of work ({record.all.rows_per_s:.1f} rows/s)")
 
 
+def test_the_total_of_a_stopped_attempt_counts_its_last_rows(tmp_path, monkeypatch):
+    """After Ctrl-C, the last line told of 1,006 rows and `blip2 status` of 1,953."""
+    now = iter([0.0, *[100.0] * 20])
+    monkeypatch.setattr("pipeline.attempts.recorder.time", SimpleNamespace(monotonic=lambda: next(now)))
+    with recorded(Folder(str(tmp_path)), is_begun=True, run="digest") as record:
+        record.note(1, {"caption": {"a": WorkerLoad(1.0, 1.0)}}, (), {}, {})
+        record.note(30, {"caption": {"a": WorkerLoad(2.0, 2.0)}}, (), {}, {})
+        assert ": 30 rows in " in total_line(record.all)
+
+
 def test_a_store_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("full")
