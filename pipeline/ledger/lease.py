@@ -165,7 +165,7 @@ class Lease:
 
     def taken(self) -> OutputInUse:
         """Return the error that ends a driver whose lease is lost."""
-        return OutputInUse(f"another driver has taken the lease of {self._folder}; this driver stops")
+        return OutputInUse(f"another driver has taken the lease of {self._folder}, or it is gone; stopping")
 
     def __enter__(self) -> Lease:
         self._refuse_while_held()

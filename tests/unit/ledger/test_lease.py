@@ -161,6 +161,15 @@ def test_a_driver_that_was_suspended_is_certain_of_its_lease_only_after_a_heartb
             time.sleep(0.001)
 
 
+def test_an_output_that_was_deleted_is_not_blamed_on_another_driver_alone(folder, monkeypatch):
+    """There was no other driver: its own user had deleted the folder under the run."""
+    with Lease(folder, beat_s=60) as lease:
+        monkeypatch.setattr(lease, "_confirmed", lease._confirmed - 3600)
+        folder.delete(LEASE)
+        with pytest.raises(OutputInUse, match=r"has taken the lease of .*, or it is gone"):
+            lease.require()
+
+
 def test_the_source_of_the_progress_can_change_while_the_lease_is_held(folder):
     """The driver exists only after the lease is held, and `status` must show how far it is."""
     with Lease(folder, beat_s=0.01) as lease:
