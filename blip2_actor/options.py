@@ -134,7 +134,7 @@ class GenerationOptions:
     def explain_unknown(cls, name: str) -> str:
         """Return the sentence that refuses an option of this name, which does not exist."""
         known = cls.__dataclass_fields__
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, [*known, "prompt"], n=1)  # which is given next to options
         hint = f"do you mean {near[0]}?" if near else f"the options are {', '.join(known)}"
         remedy = _INSTEAD.get(name, hint)
         return f"{name} is not an option; {remedy}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -114,9 +113,6 @@ def to_options(options: GenerationOptions, changes: Mapping[str, Any]) -> Genera
     """
     if not isinstance(options, GenerationOptions):
         raise TypeError(f"options must be GenerationOptions, got {type(options).__name__}")
-    for name in changes:
-        if name not in GenerationOptions.__dataclass_fields__ and get_close_matches(name, ["prompt"]):
-            raise TypeError(f"{name} is not an option; do you mean prompt?")
     return replace(options, **changes) if changes else options
 
 

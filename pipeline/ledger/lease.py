@@ -165,7 +165,9 @@ class Lease:
 
     def taken(self) -> OutputInUse:
         """Return the error that ends a driver whose lease is lost."""
-        return OutputInUse(f"another driver has taken the lease of {self._folder}, or it is gone; stopping")
+        return OutputInUse(
+            f"another driver has taken the lease of {self._folder}, or it was deleted; this driver stops"
+        )
 
     def __enter__(self) -> Lease:
         self._refuse_while_held()

@@ -166,7 +166,7 @@ def test_an_output_that_was_deleted_is_not_blamed_on_another_driver_alone(folder
     with Lease(folder, beat_s=60) as lease:
         monkeypatch.setattr(lease, "_confirmed", lease._confirmed - 3600)
         folder.delete(LEASE)
-        with pytest.raises(OutputInUse, match=r"has taken the lease of .*, or it is gone"):
+        with pytest.raises(OutputInUse, match=r"has taken the lease of .*, or it was deleted"):
             lease.require()
 
 
