@@ -16,7 +16,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2_actor.flags import WRONG_FLAGS, Parser
+from blip2_actor.flags import WRONG_FLAGS, Parser, hide_secrets
 from blip2_actor.installation import MissingPackages, require_packages
 from deploy.cluster_files.operator_rules import complaints
 from deploy.settings import BODY_WITHIN_S, Settings
@@ -265,7 +265,7 @@ def _is_wrong(path: Path, with_models: bool) -> bool:
         check(path, with_models)
     except (ValueError, OSError) as error:
         reason = str((isinstance(error, OSError) and error.strerror) or error)
-        sys.stderr.write(f"error: {path}: {' '.join(reason.split())}\n")
+        sys.stderr.write(f"error: {path}: {hide_secrets(' '.join(reason.split()))}\n")
         return True
     sys.stdout.write(f"{path} is valid\n")
     return False

@@ -19,6 +19,7 @@ from blip2_actor.flags import (
     add_flags,
     build,
     effective_settings,
+    hide_secrets,
     settings_as_json,
     settings_as_toml,
     with_flags,
@@ -127,7 +128,7 @@ def _in_child(call: Callable[[ServeSettings], str | None], settings: ServeSettin
 
 
 def _fail(error: Exception | str, status: int) -> int:
-    sys.stderr.write(wrap_for(sys.stderr, f"{PROG}: {error}") + "\n")
+    sys.stderr.write(wrap_for(sys.stderr, hide_secrets(f"{PROG}: {error}")) + "\n")
     return status
 
 

@@ -17,7 +17,6 @@ from typing import NoReturn
 from pipeline.errors import Interrupted
 from pipeline.progress import write
 from pipeline.progress.writing import open_missing_streams
-from pipeline.storage.secrets import hide_secrets
 
 WRONG_INSTALLATION = 3
 """Exit status of what is refused before work; the table in `pipeline.exit_status` cannot be imported yet."""
@@ -67,6 +66,8 @@ def main() -> int:
         write(sys.stderr, f"blip2: {error}\n")
         return 128 + error.number
     except Exception:
+        from pipeline.storage.secrets import hide_secrets
+
         write(sys.stderr, hide_secrets(traceback.format_exc()))
         return BUG
     finally:

@@ -33,7 +33,7 @@ from blip2_actor.flags.fields import (
 )
 from blip2_actor.flags.parser import WRONG_FLAGS, Parser, flag_names
 from blip2_actor.flags.suggestions import did_you_mean
-from blip2_actor.flags.uris import split_uri
+from blip2_actor.flags.uris import hide_secrets, split_uri
 from blip2_actor.flags.wrapping import wrap_for
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "flag_names",
     "former_names",
     "formerly",
+    "hide_secrets",
     "hiding",
     "positional",
     "prefixed",

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from blip2_actor.flags.config_file import as_words, read_parts
 from blip2_actor.flags.suggestions import advice_for
+from blip2_actor.flags.uris import hide_secrets
 from blip2_actor.flags.values import Switch
 from blip2_actor.flags.wrapping import wrap, wrap_for
 
@@ -76,6 +77,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         for pattern, ours in _OUR_WORDS.items():
             message = re.sub(pattern, ours, message)
+        message = hide_secrets(message)  # A URI with a password may stand where it is refused.
         sentence = wrap_for(sys.stderr, f"{self.prog}: {self._file}{message}")
         self.exit(WRONG_FLAGS, f"{sentence}\nSee {self.prog} --help\n")
 

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from blip2_actor.flags import (
     WRONG_FLAGS,
@@ -53,13 +53,6 @@ STYLE_FLAGS = {"verbose": "--verbose", "quiet": "--quiet", "json_lines": "--json
 """Switches of the parser that are no settings, by the names under which it keeps them."""
 
 
-class _Parser(Parser):
-    """Shows no secret of a URI that stands where it is refused."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(hide_secrets(message))
-
-
 def make_parser(only: str | None = None, requires: bool = True) -> Parser:
     """Return the parser of the whole command line.
 
@@ -67,7 +60,7 @@ def make_parser(only: str | None = None, requires: bool = True) -> Parser:
         only: the one command that gets its flags, so that other settings are not imported; None gives all.
         requires: refuse a command line that lacks a required flag.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="blip2",
         usage="blip2 COMMAND [FLAGS]",
         description="BLIP-2 captions for millions of images, on Ray.",

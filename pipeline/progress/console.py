@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from pipeline.progress.snapshot import ProgressSnapshot
 from pipeline.progress.wording import duration, escaped
 from pipeline.progress.writing import DUMB, write
-from pipeline.storage.secrets import hide_secrets
 
 if TYPE_CHECKING:
     from pipeline.finding import Finding
@@ -129,6 +128,8 @@ class Console:
 
     def finding(self, finding: Finding) -> None:
         """Print what a check has found, without secrets. What is ok is a note."""
+        from blip2_actor.flags import hide_secrets  # as in `_shown`
+
         say = {"warn": self.warn, "fail": self.fail}.get(finding.verdict, self.say)
         for line in finding.lines():
             say(hide_secrets(line))

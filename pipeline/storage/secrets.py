@@ -1,18 +1,20 @@
 """Secrets in URIs: credentials before the bucket, and options after `?`, either of which may hold a password.
 
 A URI that is stored or shown must hold none. `without_secrets` removes them, `with_secrets_of` restores
-them from the URI that the user has given, and `hide_secrets` removes them from a text with URIs in it.
+them from the URI that the user has given, and `hide_secrets`, which the endpoint's command line also uses,
+removes them from a text with URIs in it.
 """
 
 from __future__ import annotations
 
 import re
 
+from blip2_actor.flags import hide_secrets
+
+__all__ = ["hide_secrets", "with_secrets_of", "without_secrets"]
+
 _CREDENTIALS = re.compile(r"(?<=://)[^/@:]*:[^/?]*@|(?<=https://)[^/?]*@|(?<=http://)[^/?]*@", re.IGNORECASE)
 """A user with a password; of a web server a user alone, which may be a token. In az:// it is a container."""
-_URI_WITH_SECRETS = re.compile(
-    r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/?'\"]*@)?([^\s?'\"]*)(\?[^\s'\",;)\]]*)?", re.IGNORECASE
-)
 
 
 def without_secrets(uri: str) -> str:
@@ -26,8 +28,3 @@ def with_secrets_of(given: str, uri: str) -> str:
     scheme, _, path = uri.partition("://")
     _, mark, options = given.partition("?")
     return f"{scheme}://{credentials.group() if credentials else ''}{path}{mark}{options}"
-
-
-def hide_secrets(text: str) -> str:
-    """Remove the credentials and the options of every URI in a text."""
-    return _URI_WITH_SECRETS.sub(r"\1\2", text)

@@ -76,6 +76,24 @@ def test_an_empty_keys_file_is_refused(free_port: int, capsys) -> None:
     assert capsys.readouterr().err == "blip2 serve: --keys-file must not be empty; leave it out\n"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["https://user:pa55word@host/x?sig=pa55word"],
+        ["--host", "https://user:pa55word@host/x"],
+        ["--keys-file", "https://user:pa55word@host/x?sig=pa55word"],
+    ],
+)
+def test_a_refused_uri_is_shown_without_its_password(arguments: list[str], free_port: int, capsys) -> None:
+    try:
+        assert main(["--model", "demo", "--port", str(free_port), *arguments]) == 3
+    except SystemExit as end:
+        assert end.code == 3
+    said = capsys.readouterr().err
+    assert "host/x" in said
+    assert "pa55word" not in said
+
+
 def test_token_ids_that_the_model_does_not_have_are_refused(free_port: int, capsys) -> None:
     """Every request would have failed on them."""
     assert main(["--model", "demo", "--port", str(free_port), "--suppress-tokens", "999999"]) == 3

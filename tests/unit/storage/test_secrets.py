@@ -22,3 +22,7 @@ def test_no_part_of_a_password_stays(uri: str, plain: str) -> None:
     assert without_secrets(uri) == plain
     assert with_secrets_of(uri, plain) == uri
     assert hide_secrets(f"it is {uri}, which fails") == f"it is {plain}, which fails"
+
+
+def test_a_uri_that_was_taken_for_a_path_is_recognized() -> None:
+    assert hide_secrets("no file 'https:/user:secret@host/x?sig=secret'") == "no file 'https:/host/x'"
