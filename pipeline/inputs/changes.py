@@ -14,9 +14,9 @@ from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.listing import MAX_STAMPED_IMAGES, ListedFiles, shards_of, shards_of_file, take_rows
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard, is_local
-from pipeline.inputs.stamps import UNKNOWN, has_content, local_stamps_by_path, path_of, size_in
+from pipeline.inputs.stamps import has_content, local_stamps_by_path, may_be_same, merged, path_of, size_in
 from pipeline.progress import count
-from pipeline.storage.file_table import FilesBelowRoots, FileTable, ListedFile
+from pipeline.storage.file_table import UNKNOWN, FilesBelowRoots, FileTable, ListedFile
 from pipeline.storage.secrets import without_secrets
 
 NO_FILES = ListedFiles({}, {}, {}, Unread())
@@ -146,8 +146,8 @@ def find_changes(
             kept.append(shard)
         else:
             known = shard.stamps or (UNKNOWN,) * len(stamps)
-            merged = tuple(new if new != UNKNOWN else old for new, old in zip(stamps, known, strict=True))
-            kept.append(shard if merged == shard.stamps else replace(shard, stamps=merged))
+            fuller = tuple(map(merged, known, stamps))
+            kept.append(shard if fuller == shard.stamps else replace(shard, stamps=fuller))
     is_new = sum(num_known.values()) < sum(map(len, listed.chosen.values()))
     new = _not_in(shards, listed) if is_new else replace(listed, chosen={})
     return InputChanges(tuple(kept), changed, changed_stamps, tuple(gone), new, listed.unread)
@@ -231,7 +231,7 @@ def _difference(shard: Shard, stamps: Sequence[str]) -> str | None:
     pairs = [
         (file, known, now)
         for file, known, now in zip(shard.files, shard.stamps, stamps, strict=False)
-        if known != now and UNKNOWN not in (known, now)
+        if not may_be_same(known, now)
     ]
     if not pairs:
         return None

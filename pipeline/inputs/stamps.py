@@ -22,7 +22,8 @@ from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import Shard, is_local
 from pipeline.storage.file_table import UNKNOWN, ListedFile
 from pipeline.storage.filesystems import at_once, join, open_filesystem
-from pipeline.storage.retrying_file import open_below
+from pipeline.storage.retrying import retry_on_oserror
+from pipeline.storage.retrying_file import READ_FOR_S, open_below
 from pipeline.storage.secrets import without_secrets
 
 STAMPED_AT_ONCE = 64
@@ -36,7 +37,7 @@ def stamp_of(info: pafs.FileInfo) -> str:
     """Return the stamp of a file in a store.
 
     Stores tell whole seconds in one answer and fractions in another, so fractions are left out. A web server
-    may not tell the size of a file; then nothing is known of it.
+    may not tell the time, which is empty then, or the size; then nothing is known of the file.
     """
     if info.type != pafs.FileType.File or info.size is None:
         return UNKNOWN
@@ -85,6 +86,18 @@ def size_in(stamp: str) -> str:
     return stamp.partition("@")[0]
 
 
+def may_be_same(known: str, now: str) -> bool:
+    """Return whether a file with the stamp `now` may be the one that had the stamp `known`."""
+    if known == now or UNKNOWN in (known, now):
+        return True
+    return size_in(known) == size_in(now) and (known.endswith("@") or now.endswith("@"))
+
+
+def merged(known: str, now: str) -> str:
+    """Return the stamp that a file has now, or the known one if that tells more."""
+    return known if now == UNKNOWN or (now.endswith("@") and size_in(now) == size_in(known)) else now
+
+
 def read_unchanged(work: ShardWork, options: ReadOptions, kept: pa.Schema | None = None) -> Tables:
     """Read a shard, and report it as changed if its file was not, or did not stay, the listed one.
 
@@ -96,15 +109,19 @@ def read_unchanged(work: ShardWork, options: ReadOptions, kept: pa.Schema | None
         report = yield from read_shard(work, options, kept)
         return replace(report, generation=shard.generation)
     content = None
-    if not _is_listed(shard):
-        return _changed(shard, "has changed since the run has listed it")
     try:
         content = sample_digest(shard)
     except (InputError, OSError, pa.ArrowException):
         pass  # Reading the shard says what is wrong.
+    if _is_listed(shard) is False:  # Asked for after the digest, which may be that of a new file otherwise.
+        return _changed(shard, "has changed since the run has listed it")
     report = yield from read_shard(work, options, kept)
-    if not _is_listed(shard) and not has_content(shard, content):
+    is_listed = _is_listed(shard, READ_FOR_S if report.complete else 0.0)
+    if is_listed is False and not has_content(shard, content):
         return _changed(shard, "has changed while it was read")
+    if is_listed is None and report.complete:
+        reason = f"the store does not tell whether {shard.uri} has changed while it was read"
+        report = replace(report, complete=False, reason=reason)
     return replace(report, generation=shard.generation, content=content)
 
 
@@ -128,8 +145,8 @@ def sample_digest(shard: Shard) -> str:
     return digest.hexdigest()[:32]
 
 
-def _is_listed(shard: Shard) -> bool:
-    """Return whether the file of a shard has the stamp of the listing; True if either is not known."""
+def _is_listed(shard: Shard, retry_for_s: float = 0.0) -> bool | None:
+    """Return whether the file of a shard may have the stamp of the listing; None if the store fails."""
     known = shard.stamps[0] if shard.stamps else UNKNOWN
     if known == UNKNOWN:
         return True
@@ -137,12 +154,11 @@ def _is_listed(shard: Shard) -> bool:
         filesystem, root = open_filesystem(shard.root)
         path = join(root, shard.files[0])
         if isinstance(filesystem, pafs.LocalFileSystem):
-            now = local_stamp(path)
-        else:
-            now = stamp_of(filesystem.get_file_info([path])[0])
+            return may_be_same(known, local_stamp(path))
+        (info,) = retry_on_oserror(lambda: filesystem.get_file_info([path]), retry_for_s, "input")
     except (InputError, OSError, pa.ArrowException):
-        return True  # Reading the shard says what is wrong.
-    return now in (UNKNOWN, known)
+        return None
+    return may_be_same(known, stamp_of(info))
 
 
 def _changed(shard: Shard, how: str) -> ShardReport:

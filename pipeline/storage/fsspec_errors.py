@@ -13,6 +13,8 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -116,8 +118,9 @@ class HandlerWithOSErrors(pafs.FSSpecHandler):
 
     @staticmethod
     def _create_file_info(path: str, info: dict[str, Any]) -> pafs.FileInfo:
-        if "mtime" not in info:  # the filesystem of Azure calls it so
-            info = {**info, "mtime": info.get("last_modified")}
+        if "mtime" not in info:
+            azure, web = info.get("last_modified"), info.get("Last-Modified")
+            info = {**info, "mtime": _time_of(web) if azure is None and web else azure}
         return pafs.FSSpecHandler._create_file_info(path, info)
 
     @_raising_oserrors
@@ -149,6 +152,14 @@ class HandlerWithOSErrors(pafs.FSSpecHandler):
     @_raising_oserrors
     def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
         return pa.PythonFile(_OutputFile(self.fs.open(path, mode="wb")), mode="w")
+
+
+def _time_of(date: str) -> datetime | None:
+    """Return the time of a header's date, or None if it is not one."""
+    try:
+        return parsedate_to_datetime(date)
+    except ValueError:
+        return None
 
 
 class _InputFile:

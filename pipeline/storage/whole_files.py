@@ -127,6 +127,8 @@ async def _fetch_unless_parts(fs: AbstractFileSystem, url: str, must: bool) -> U
         headers["Range"] = "bytes=0-0"
     async with session.get(fs.encode_url(url), headers=headers, timeout=timeout, **options) as response:
         if response.status in (206, 416):
+            if must:
+                raise OSError(f"the server answers a request for a whole file with HTTP {response.status}")
             return None
         fs._raise_not_found_for_status(response, url)
         file = UnnamedFile()

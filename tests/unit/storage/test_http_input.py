@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
+from itertools import count
 from random import Random
 
 import fsspec
@@ -16,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.inputs import size_estimate
+from pipeline.inputs import size_estimate, stamps
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.inputs.size_estimate import estimate_size
-from pipeline.inputs.stamps import read_unchanged
+from pipeline.inputs.stamps import read_unchanged, sample_digest
 from pipeline.storage import fsspec_errors, retrying, retrying_file, whole_files
 from tests.unit.fetching.web_server import ClosingServer
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
@@ -135,6 +136,82 @@ def test_a_request_that_fails_is_made_again(shard, monkeypatch, fault):
     rows, report = read_rows(shard)
     assert (len(rows), report.complete) == (16, True)
     assert Server.num_gets >= 3
+
+
+def dated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the server tell when its file was changed; return the date, which may be replaced."""
+    dates = ["Mon, 02 Nov 2026 10:00:00 GMT"]
+
+    def head(server: Server) -> None:
+        size = ("Content-Length", str(len(CONTENT)))
+        server.send(200, b"", [size, *(("Last-Modified", date) for date in dates)])
+
+    monkeypatch.setattr(Server, "do_HEAD", head)
+    return dates
+
+
+@pytest.mark.parametrize("moment", ["before", "after digest", "during"])
+def test_a_file_replaced_by_one_of_the_same_size_gives_no_row(shard, monkeypatch, moment):
+    """The time of a file on a web server was not kept, and rows of two files were mixed."""
+    dates = dated(monkeypatch)
+    (listed,) = list_shards(f"{shard.root}/{moment.replace(' ', '_')}.tar")
+
+    def replace_it() -> None:
+        other = tar_bytes((f"{at}.jpg", random.randbytes(1 << 20)) for at in range(16))
+        assert len(other) == len(CONTENT)
+        monkeypatch.setattr(sys.modules[__name__], "CONTENT", other)
+        dates[:] = ["Mon, 02 Nov 2026 10:00:05 GMT"]
+
+    def digest_and_replace(shard: Shard) -> str:
+        digest = sample_digest(shard)
+        if moment == "after digest":
+            replace_it()
+        return digest
+
+    monkeypatch.setattr(stamps, "sample_digest", digest_and_replace)
+    if moment == "before":
+        replace_it()
+    reader, report = read_unchanged(ShardWork(shard=listed), ReadOptions(table_rows=1)), None
+    try:
+        for number in count():
+            next(reader)
+            if number == 0 and moment == "during":
+                replace_it()
+    except StopIteration as end:
+        report = end.value
+    assert report is not None and report.changed
+
+
+def test_a_time_that_a_server_tells_only_now_is_no_change():
+    for known in ("9@", "9@5", ""):
+        assert stamps.may_be_same(known, "9@5") and stamps.may_be_same("9@5", known)
+        assert stamps.merged(known, "9@5") == stamps.merged("9@5", known) == "9@5"
+    assert not stamps.may_be_same("8@", "9@5") and not stamps.may_be_same("9@5", "9@6")
+
+
+def test_a_file_that_cannot_be_compared_after_reading_is_partial(shard, monkeypatch):
+    """The failure of the last request was taken for an unchanged file."""
+    monkeypatch.setattr(stamps, "READ_FOR_S", 0.01)
+    dated(monkeypatch)
+    (listed,) = list_shards(f"{shard.root}/a.tar")
+    reader = read_unchanged(ShardWork(shard=listed), ReadOptions(table_rows=1))
+    try:
+        while True:
+            table = next(reader)
+            if table["row"][0].as_py() == 15:
+                monkeypatch.setattr(Server, "do_HEAD", unavailable)
+                monkeypatch.setattr(Server, "answer", always(unavailable, every=1))
+    except StopIteration as end:
+        report = end.value
+    assert not report.complete and "does not tell whether" in report.reason
+
+
+def test_a_request_for_a_whole_file_needs_a_whole_answer(shard, monkeypatch):
+    """HTTP 416 ended the read task: I/O operation on closed file."""
+    filesystem = fsspec.filesystem("http", skip_instance_cache=True)
+    monkeypatch.setattr(Server, "answer", staticmethod(lambda server, _: server.send(416, b"") or True))
+    with pytest.raises(OSError, match="416"):
+        whole_files.WholeFiles().open(filesystem, f"{shard.root}/a.tar", must=True)
 
 
 def test_a_server_that_cannot_send_parts_of_a_file_sends_it_whole(shard, monkeypatch):
