@@ -98,7 +98,8 @@ def retry_on_oserror(
 ) -> T:
     """Call `action` until it raises no OSError, with a pause before each new try.
 
-    An error that a new try cannot change is raised at once; see `is_final`.
+    An error that a new try cannot change is raised at once; see `is_final`. None holds the secrets of a URI:
+    Arrow names the signed URL of a request to Azure.
 
     Args:
         action: must be safe to repeat, also after it was carried out and only its answer was lost.
@@ -114,17 +115,16 @@ def retry_on_oserror(
             with _noted() if is_request else nullcontext():
                 result = action()
         except OSError as error:
+            failure = _without_secrets(error)
             if retry_for_s <= 0 or clock() + pause_s > started + retry_for_s or is_final(error):
-                raise
+                raise failure from failure.__cause__
             has_failed = True
-            logger.warning(
-                "The %s has failed, trying again in %.1f s: %s", place, pause_s, hide_secrets(str(error))
-            )
+            logger.warning("The %s has failed, trying again in %.1f s: %s", place, pause_s, failure)
             next_try = clock() + pause_s
             is_new = True
             while (left_s := next_try - clock()) > 0:
                 if not _listener(Trouble(place, _state(error), clock() - started, is_new)):
-                    raise
+                    raise failure from failure.__cause__
                 is_new = False
                 sleep(min(left_s, TELL_EVERY_S))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
@@ -144,6 +144,15 @@ def _noted() -> Iterator[None]:
     finally:
         if outer is None:
             del _under_way[thread]
+
+
+def _without_secrets(error: OSError) -> OSError:
+    plain = hide_secrets(str(error))
+    if plain == str(error):
+        return error
+    hidden = type(error)(plain)
+    hidden.errno = error.errno
+    return hidden
 
 
 def is_final(error: OSError) -> bool:

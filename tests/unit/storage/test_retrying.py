@@ -126,3 +126,17 @@ def test_a_final_error_is_raised_at_once():
     with pytest.raises(OSError, match="too long"):
         retry_on_oserror(write, sleep=clock.sleep, clock=lambda: clock.now)
     assert clock.now == 0
+
+
+def test_an_error_of_arrow_is_raised_without_the_signature_of_its_url():
+    """Rows and reports of an input in Azure had the shared access signature in their errors."""
+
+    def read() -> None:
+        raise OSError(
+            "DownloadTo from 'http://host/bucket/a.tar?se=1&sig=pa55word' failed. AuthenticationFailed"
+        )
+
+    with pytest.raises(OSError) as caught:
+        retry_on_oserror(read)
+    assert str(caught.value) == "DownloadTo from 'http://host/bucket/a.tar' failed. AuthenticationFailed"
+    assert caught.value.__suppress_context__
