@@ -162,12 +162,13 @@ def files_below(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str,
     """Yield path, size and time of writing of all files below a folder, in no order; none if it is not there.
 
     The time is in nanoseconds since 1970; 0 if the store does not tell. A name on a disk need not be UTF-8.
+    An empty file in abfs:// is not there yet: Arrow makes one before it uploads the content.
     """
     if isinstance(filesystem, pafs.LocalFileSystem):
         yield from _on_disk(folder)  # Arrow lists no folder with a name that is not UTF-8.
         return
     for info in filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True)):
-        if info.type == pafs.FileType.File:
+        if info.type == pafs.FileType.File and (info.size or filesystem.type_name != "abfs"):
             yield info.path, info.size, info.mtime_ns or 0
 
 

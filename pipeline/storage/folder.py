@@ -266,7 +266,7 @@ class Folder:
         return retry_on_oserror(request, self.retry_for_s)
 
     def _put_once(self, name: str, content: bytes | IO[bytes]) -> None:
-        put(self.filesystem, self.path(name), self._aside(), content)
+        put(self.uri, self.filesystem, self.path(name), self._aside(), content)
 
     def _get_once(self, name: str) -> bytes | None:
         try:

@@ -9,6 +9,7 @@ the secrets of a URI.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-from fsspec.spec import AbstractFileSystem
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from pipeline.storage.retrying import InvalidArgument
 from pipeline.storage.secrets import hide_secrets
@@ -218,6 +219,7 @@ class _OutputFile:
 
     def __init__(self, file: Any) -> None:
         self._file = file
+        self._is_broken = False
 
     @property
     def closed(self) -> bool:
@@ -225,7 +227,10 @@ class _OutputFile:
 
     @_raising_oserrors
     def write(self, content: Any) -> int:
-        return self._file.write(content)
+        self._is_broken = True
+        num_bytes = self._file.write(content)
+        self._is_broken = False
+        return num_bytes
 
     @_raising_oserrors
     def flush(self) -> None:
@@ -233,4 +238,8 @@ class _OutputFile:
 
     @_raising_oserrors
     def close(self) -> None:
+        if self._is_broken and isinstance(self._file, AbstractBufferedFile):
+            self._file.closed = True  # Its close would make a file of what was written before.
+            with contextlib.suppress(Exception):
+                self._file.discard()
         self._file.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from functools import lru_cache
 from typing import IO
 
 import pyarrow as pa
@@ -24,6 +25,8 @@ from pipeline.storage.fsspec_store import fsspec_store
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf"}
 """What Arrow or fsspec calls the stores in which a file is there when its upload is complete."""
 COPY_BYTES = 8 << 20
+PART_BYTES = 10 << 20
+"""What Arrow uploads to S3 as one part; less becomes one PUT."""
 
 
 def is_object_store(filesystem: pafs.FileSystem) -> bool:
@@ -35,17 +38,19 @@ def is_object_store(filesystem: pafs.FileSystem) -> bool:
     return not OBJECT_STORES.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
 
 
-def put(filesystem: pafs.FileSystem, path: str, aside: str, content: bytes | IO[bytes]) -> None:
+def put(uri: str, filesystem: pafs.FileSystem, path: str, aside: str, content: bytes | IO[bytes]) -> None:
     """Write or replace a file.
 
     Args:
+        uri: of the folder, with the credentials and options by which `filesystem` was opened.
         path: in the filesystem.
         aside: path of a temporary file on the same disk.
     """
     if isinstance(filesystem, pafs.LocalFileSystem):
         _rename(path, aside, content)
     elif is_object_store(filesystem):
-        _write(filesystem, path, content)
+        is_large = isinstance(filesystem, pafs.S3FileSystem) and _size_of(content) >= PART_BYTES
+        _write(_s3_for_uploads(uri) if is_large else filesystem, path, content)
     else:
         _move(filesystem, path, aside, content)
 
@@ -128,6 +133,20 @@ def _write(filesystem: pafs.FileSystem, path: str, content: bytes | IO[bytes]) -
     # also closes after an error, so the content must be at hand: only the store itself can fail here.
     with filesystem.open_output_stream(path, compression=None) as stream:
         _copy(content, stream)
+
+
+@lru_cache
+def _s3_for_uploads(uri: str) -> pafs.FileSystem:
+    """Return a filesystem of S3 that begins the upload of a file when it is opened.
+
+    That of a `Folder` begins it when the first part is full, and if this fails, its close makes an object of
+    that part alone.
+    """
+    return pafs.FileSystem.from_uri(uri)[0]
+
+
+def _size_of(content: bytes | IO[bytes]) -> int:
+    return content.seek(0, os.SEEK_END) if hasattr(content, "seek") else len(content)
 
 
 def _copy(content: bytes | IO[bytes], target: IO[bytes] | pa.NativeFile) -> None:

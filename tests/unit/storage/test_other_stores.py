@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+import threading
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar
+from http.server import BaseHTTPRequestHandler
+from typing import Any, ClassVar, cast
 
 import pyarrow.fs as pafs
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from pipeline.inputs.stamps import stamp_of
 from pipeline.storage import put, retrying
-from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.filesystems import files_below, open_filesystem
 from pipeline.storage.folder import Folder
 from pipeline.storage.fsspec_errors import HandlerWithOSErrors
+from tests.unit.fetching.web_server import ClosingServer
 
 SIGNED = "http://127.0.0.1/bucket/probe?se=2026&sig=hidden"
 
@@ -205,3 +209,73 @@ def test_an_error_of_opening_a_store_is_not_that_there_is_a_file(monkeypatch):
     monkeypatch.setattr(put, "fsspec_store", fail)
     with pytest.raises(TypeError, match="unknown option"):
         folder_in(Store()).put_new("a", b"x")
+
+
+class NoUpload(BaseHTTPRequestHandler):
+    """An S3 server that begins no upload."""
+
+    asked: ClassVar[list[str]] = []
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.asked.append(f"{self.command} {self.path}")
+        self.send_response(403 if self.path.endswith("?uploads=") or self.command == "POST" else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = do_PUT = do_POST = answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_an_upload_to_s3_that_cannot_begin_leaves_no_part_of_a_file():
+    """Its first part, 10 MiB, became the object when the file was closed."""
+    with ClosingServer(NoUpload) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        options = f"?endpoint_override=127.0.0.1:{server.server_port}&scheme=http&region=us-east-1"
+        folder = Folder(f"s3://key:secret@bucket/out{options}")
+        folder.put("small", b"x")
+        NoUpload.asked.clear()
+        with pytest.raises(OSError):
+            folder.put("a.parquet", io.BytesIO(bytes(21 << 20)))
+        server.shutdown()
+    assert NoUpload.asked == ["POST /bucket/out/a.parquet?uploads"], NoUpload.asked
+
+
+def test_a_write_that_fails_does_not_make_a_file_of_what_came_before():
+    """Closing the file uploaded it, under the name of the finished one."""
+    committed: list[bytes] = []
+
+    class Upload(AbstractBufferedFile):
+        num_tries = 0
+
+        def _initiate_upload(self) -> None:
+            pass
+
+        def _upload_chunk(self, final: bool = False) -> bool:
+            self.num_tries += 1
+            if self.num_tries == 1:
+                raise OSError("503 slow down")
+            committed.append(self.buffer.getvalue())
+            return True
+
+    class Uploading(Store):
+        def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+            return Upload(self, path, mode, block_size=4) if mode == "wb" else super()._open(path, mode)
+
+    with pytest.raises(OSError, match="503"):
+        folder_in(Uploading()).put("a.parquet", b"12345678")
+    assert committed == []
+
+
+def test_a_file_in_azure_is_there_when_it_has_content():
+    """Arrow first makes an empty one; a shard whose worker died then counted as finished."""
+
+    class Azure:
+        type_name = "abfs"
+
+        def get_file_info(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+            return [pafs.FileInfo(f"x/{size}.parquet", pafs.FileType.File, size=size) for size in (0, 9)]
+
+    assert [name for name, *_ in files_below(cast(pafs.FileSystem, Azure()), "x")] == ["x/9.parquet"]
