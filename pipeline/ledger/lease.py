@@ -84,18 +84,19 @@ class Holder:
         return f"process {self.pid} on {self.host}, started {self.started}"
 
 
-def read_holder(folder: Folder, name: str = LEASE) -> Holder | None:
+def read_holder(folder: Folder, name: str = LEASE, num_tries: int = 3) -> Holder | None:
     """Return the driver that holds a lease, dead or alive, or None.
 
     Raises:
         ValueError: the lease is damaged, or of a newer version.
     """
-    content = folder.get(name)
-    if not content:
+    if not (content := folder.get(name)):
         return None
     try:
         return Holder(**json.loads(content))
     except (ValueError, TypeError) as error:
+        if num_tries > 1:  # Arrow may take the size of one heartbeat and the content of the next one.
+            return read_holder(folder, name, num_tries - 1)
         raise ValueError(
             f"the lease {name} in {folder} must be one that this version can read, got {content[:80]!r}: "
             f"{error}; delete the file if no driver works on this output"
@@ -199,8 +200,7 @@ class Lease:
         """Write the lease; raise OutputInUse if another driver has come first since nobody held it."""
         if self._folder.put_new(self._name, self._content(0)):
             return
-        holder = read_holder(self._folder, self._name)
-        if holder is not None and self._may_live(holder):
+        if (holder := read_holder(self._folder, self._name)) is not None and self._may_live(holder):
             raise self._in_use(holder)
         self._write(0)
 

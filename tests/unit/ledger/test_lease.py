@@ -188,6 +188,15 @@ def test_a_damaged_lease_is_written_again_by_its_driver(folder):
     assert read_holder(folder) is None
 
 
+def test_a_lease_that_is_replaced_while_it_is_read_is_read_again(folder, monkeypatch):
+    """In S3 a reader got the beginning of the next heartbeat, and `status` ended with a damaged lease."""
+    put(folder, elsewhere(token="other"))
+    whole = folder.get(LEASE) or b""
+    answers = iter([whole[:-5], whole + bytes(5), whole])
+    monkeypatch.setattr(Folder, "get", lambda folder, name: next(answers))
+    assert holder_of(folder).token == "other"
+
+
 def test_the_lease_of_a_driver_of_a_newer_version_is_left_to_it(folder):
     """It counted as damaged: it was overwritten, and two drivers were at work."""
     newer = json.dumps(asdict(elsewhere(token="other")) | {"of_a_newer_version": 1}).encode()
