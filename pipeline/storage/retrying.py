@@ -115,16 +115,16 @@ def retry_on_oserror(
             with _noted() if is_request else nullcontext():
                 result = action()
         except OSError as error:
-            failure = _without_secrets(error)
+            _hide_secrets_of(error)
             if retry_for_s <= 0 or clock() + pause_s > started + retry_for_s or is_final(error):
-                raise failure from failure.__cause__
+                raise
             has_failed = True
-            logger.warning("The %s has failed, trying again in %.1f s: %s", place, pause_s, failure)
+            logger.warning("The %s has failed, trying again in %.1f s: %s", place, pause_s, error)
             next_try = clock() + pause_s
             is_new = True
             while (left_s := next_try - clock()) > 0:
                 if not _listener(Trouble(place, _state(error), clock() - started, is_new)):
-                    raise failure from failure.__cause__
+                    raise
                 is_new = False
                 sleep(min(left_s, TELL_EVERY_S))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
@@ -146,13 +146,12 @@ def _noted() -> Iterator[None]:
             del _under_way[thread]
 
 
-def _without_secrets(error: OSError) -> OSError:
-    plain = hide_secrets(str(error))
-    if plain == str(error):
-        return error
-    hidden = type(error)(plain)
-    hidden.errno = error.errno
-    return hidden
+def _hide_secrets_of(error: OSError) -> None:
+    error.args = tuple(hide_secrets(one) if isinstance(one, str) else one for one in error.args)
+    for name in ("strerror", "filename"):
+        text = getattr(error, name)
+        if isinstance(text, str):
+            setattr(error, name, hide_secrets(text))
 
 
 def is_final(error: OSError) -> bool:
