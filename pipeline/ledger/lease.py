@@ -166,9 +166,7 @@ class Lease:
 
     def taken(self) -> OutputInUse:
         """Return the error that ends a driver whose lease is lost."""
-        return OutputInUse(
-            f"another driver has taken the lease of {self._folder}, or it was deleted; this driver stops"
-        )
+        return OutputInUse(f"another driver has taken the lease of {self._folder}, or it was deleted")
 
     def __enter__(self) -> Lease:
         self._refuse_while_held()
