@@ -19,7 +19,8 @@ STARTING = ("blip2_actor.checkpoints.download", "blip2_actor.phases")
 MAX_CHARS = 300
 MAX_TEXTS = 50
 """Different warnings of one worker."""
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(?<!Errno )(?<!HTTP )(?<!\d)\d+(?:\.\d+)*")
+"""Not a code that says what has failed."""
 
 
 class StartTeller(logging.Handler):

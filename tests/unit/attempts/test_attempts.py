@@ -289,8 +289,8 @@ def test_warnings_are_told_once_and_counted():
     for counter in counters:
         logger.addHandler(counter)
     for number in range(5):
-        logger.warning("image %d is grey\nmore", number)
-    assert coordinator.news().warnings == {"lib: image N is grey": 8}
+        logger.warning("image %d is grey after %.1f s: [Errno 5] HTTP 503\nmore", number, number / 7)
+    assert coordinator.news().warnings == {"lib: image N is grey after N s: [Errno 5] HTTP 503": 8}
     for number in range(2 * MAX_TEXTS):
         logger.warning("x" * number)
     assert len(coordinator.news().warnings) == MAX_TEXTS
