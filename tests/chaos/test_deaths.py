@@ -25,6 +25,9 @@ from pipeline.storage.folder import Folder
 from tests.chaos.cluster import NODE, cluster, kill, processes, processes_of, start_driver, wait_until
 from tests.integration.inputs import check_output, write_tars
 
+SIZE_PX = 448
+"""So many pixels that the object stores hold a part of the input: decoding goes on while the gate is shut."""
+
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
@@ -123,7 +126,7 @@ DEATHS: list[Callable[[Scene], None]] = [
 
 @pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.__name__)
 def test_all_rows_come_out_right(nodes: Cluster, tmp_path: Path, death: Callable[[Scene], None]):
-    truth = write_tars(tmp_path / "in", num_tars=6, rows_per_tar=40, broken_every=13)
+    truth = write_tars(tmp_path / "in", num_tars=6, rows_per_tar=100, broken_every=13)
     gate, output, log = tmp_path / "gate", tmp_path / "out", tmp_path / "log"
     gate.touch()
     settings: dict[str, Any] = {
@@ -132,7 +135,12 @@ def test_all_rows_come_out_right(nodes: Cluster, tmp_path: Path, death: Callable
         "max_failed_fraction": 0.5,
         "placement": {"max_actors": 2, "calls_per_actor": 2},
     }
-    engine = {"gate": str(gate), "gate_after": 50, "trace": str(tmp_path / "trace")}
+    engine = {
+        "image_size_px": SIZE_PX,
+        "gate": str(gate),
+        "gate_after": 50,
+        "trace": str(tmp_path / "trace"),
+    }
 
     driver = start_driver(nodes, settings, engine, log)
     try:
@@ -144,6 +152,7 @@ def test_all_rows_come_out_right(nodes: Cluster, tmp_path: Path, death: Callable
         assert driver.wait() == 0, log.read_text()
     finally:
         driver.kill()
-    check_output(output, truth)
+        driver.wait()
+    check_output(output, truth, size_px=SIZE_PX)
     left = scan_output(Folder(str(output)))
     assert (dict(left.fragments), left.shard_reports, left.leftovers) == ({}, {}, ())

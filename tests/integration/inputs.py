@@ -29,8 +29,8 @@ def png(seed: int) -> bytes:
 
 
 @cache
-def right_caption(image: bytes, prompt: str | None = None) -> str:
-    return fake_caption(decode_image(image, SIZE_PX).array(SIZE_PX), prompt)
+def right_caption(image: bytes, prompt: str | None = None, size_px: int = SIZE_PX) -> str:
+    return fake_caption(decode_image(image, size_px).array(size_px), prompt)
 
 
 def write_tar(path: Path, images: Mapping[str, bytes]) -> None:
@@ -64,7 +64,10 @@ def read_output(output: Path | str, shard: str) -> list[dict]:
 
 
 def check_output(
-    output: Path | str, truth: Mapping[str, Mapping[str, bytes]], prompt: str | None = None
+    output: Path | str,
+    truth: Mapping[str, Mapping[str, bytes]],
+    prompt: str | None = None,
+    size_px: int = SIZE_PX,
 ) -> None:
     """Assert that each row is in the file of its shard once, in order, with the right caption or status."""
     files = sorted(str(p.relative_to(output)) for p in Path(output).rglob("*.parquet"))
@@ -79,7 +82,7 @@ def check_output(
                 assert (row["status"], row["caption"]) == ("undecodable", None)
                 assert row["error"]
             else:
-                assert (row["status"], row["caption"]) == ("ok", right_caption(image, prompt))
+                assert (row["status"], row["caption"]) == ("ok", right_caption(image, prompt, size_px))
                 assert (row["width"], row["height"]) == (24, 20)
 
 
