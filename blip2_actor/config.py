@@ -33,7 +33,7 @@ class ModelConfig:
     """"auto" takes the first accelerator, or the CPU if there is none; or name a torch device such as
     "cuda:0"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """"auto" is bfloat16 if the device computes in it, else float32."""
+    """"auto" is bfloat16 if the device is fast in it, else float32."""
     num_threads: int | None = None
     """CPU threads of the engine; by default, torch chooses."""
     allow_urls: bool = False

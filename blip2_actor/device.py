@@ -103,7 +103,7 @@ def set_num_threads(num_threads: int) -> None:
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return a dtype; "auto" is bfloat16 if the device computes in it, else float32.
+    """Return a dtype; "auto" is bfloat16 if the device is fast in it, else float32.
 
     Raises:
         ValueError: the device does not compute in the wanted dtype.
@@ -115,7 +115,7 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
             raise ValueError(f"dtype must be float32 or float16 on {device}, got bfloat16; use --dtype auto")
         return dtype
-    return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
+    return torch.bfloat16 if is_fast_in_bfloat16(device) else torch.float32
 
 
 _LIMITS_WITHOUT_BFLOAT16 = (
@@ -131,13 +131,23 @@ def onednn_limit() -> str:
     return "" if limit.upper() in ("ALL", "DEFAULT") else limit.upper()
 
 
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Return True if bfloat16 matrix products run in hardware: recent GPUs, CPUs with AVX512-BF16 or AMX."""
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Return True if bfloat16 matrix products are faster than those in float32.
+
+    They are on recent GPUs, and on CPUs with AMX or AVX512-BF16. But Intel's cores with AVX512-FP16 (Sapphire
+    Rapids and later) multiply bfloat16 by AMX. Where a virtual machine hides AMX, they have only AVX512-BF16,
+    with 0.56 of the speed of float32.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and onednn_limit() not in _LIMITS_WITHOUT_BFLOAT16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+    limit = onednn_limit()
+    if device.type != "cpu" or limit in _LIMITS_WITHOUT_BFLOAT16:
+        return False
+    if torch.cpu._is_amx_tile_supported() and "AMX" in (limit or "AMX"):
+        return True
+    cpu = torch.cpu.get_capabilities()
+    is_slow = cpu.get("avx512_fp16", False) and "Intel" in cpu.get("cpu_name", "")
+    return torch.cpu._is_avx512_bf16_supported() and not is_slow
 
 
 def has_triton() -> bool:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blip2_actor.device import is_fast_in_bfloat16
+
 logger = logging.getLogger(__name__)
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
@@ -147,8 +149,9 @@ def pack_for_cpu(model: nn.Module) -> None:
     """
     dtypes = packed_dtypes()
     linears = [m for m in model.modules() if isinstance(m, Linear) and m.quantized is None]
-    if dtypes and torch.bfloat16 in {module.weight.dtype for module in linears} - dtypes:
-        logger.warning("This CPU has no instructions for bfloat16 and is slow in it; float32 is faster")
+    has_bfloat16 = torch.bfloat16 in {module.weight.dtype for module in linears}
+    if has_bfloat16 and dtypes and not is_fast_in_bfloat16(torch.device("cpu")):
+        logger.warning("This CPU is slow in bfloat16; float32 is faster")
     for module in linears:
         if module.weight.dtype in dtypes:
             module.pack()

@@ -59,6 +59,34 @@ def test_an_explicit_choice_wins(installed: set[str]) -> None:
     assert not resolve_compile(False, None, GPU)
 
 
+def pretend_cpu(monkeypatch: pytest.MonkeyPatch, name: str, has: set[str]) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "bf16" in has)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx" in has)
+    cpu = {"cpu_name": name, "avx512_fp16": "fp16" in has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "has", "limit", "dtype"),
+    [
+        ("AMD EPYC", set(), "", torch.float32),
+        ("AMD EPYC", {"bf16"}, "", torch.bfloat16),
+        ("AMD EPYC", {"bf16", "fp16"}, "", torch.bfloat16),
+        ("Intel Xeon", {"bf16"}, "", torch.bfloat16),  # Cooper Lake
+        ("Intel Xeon", {"bf16", "fp16", "amx"}, "", torch.bfloat16),
+        ("Intel Xeon", {"bf16", "fp16", "amx"}, "AVX512_CORE_AMX", torch.bfloat16),
+        ("Intel Xeon", {"bf16", "fp16", "amx"}, "AVX512_CORE_FP16", torch.float32),
+        ("Intel Xeon", {"bf16", "fp16"}, "", torch.float32),
+    ],
+)
+def test_the_dtype_of_a_cpu_is_the_faster_one(name, has, limit, dtype, monkeypatch) -> None:
+    """Without AMX, newer Intel cores took 1.8 times as long in bfloat16, of which they have instructions."""
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    pretend_cpu(monkeypatch, name, has)
+    assert resolve_dtype("auto", CPU) is dtype
+
+
 @pytest.mark.parametrize(
     ("limit", "dtype"),
     [
@@ -71,8 +99,8 @@ def test_an_explicit_choice_wins(installed: set[str]) -> None:
 )
 def test_a_limit_of_instructions_counts_for_the_dtype_too(limit, dtype, monkeypatch) -> None:
     """oneDNN takes no instructions beyond it, and bfloat16 without them is slower than float32."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    pretend_cpu(monkeypatch, "AMD EPYC", {"bf16"})
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert resolve_dtype("auto", CPU) is dtype
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
