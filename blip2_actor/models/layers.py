@@ -197,6 +197,11 @@ def merge_heads(states: Tensor) -> Tensor:
     return states.transpose(-3, -2).flatten(-2)
 
 
+MAX_SCORES = 1 << 26
+"""Scores of one attention that a CPU keeps in memory in bfloat16: 128 MB, and as much again for the mask and
+for the softmax. Without a limit, 32 prompts of 2,000 tokens took 5 GB with 16 heads."""
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -209,7 +214,8 @@ def attend(
 
     That is torch's fused kernel, except for bfloat16 on a CPU. There, two matrix products and a softmax, as
     in transformers' "eager" attention, take 0.66 of its time at 257 tokens of 12 heads and 0.4 at 33 tokens
-    (one AVX512-BF16 core, 2026-11-23).
+    (one AMD AVX512-BF16 core, 2026-11-23). They keep all scores in memory, so beyond `MAX_SCORES` it is the
+    fused kernel again.
 
     Args:
         query: float[B, H, T, E].
@@ -222,7 +228,9 @@ def attend(
     Returns:
         float[B, H, T, E].
     """
-    if query.device.type != "cpu" or query.dtype is not torch.bfloat16 or torch.is_grad_enabled():
+    num_scores = query.shape[:-1].numel() * key.shape[-2]
+    is_fused = query.device.type != "cpu" or query.dtype is not torch.bfloat16 or num_scores > MAX_SCORES
+    if is_fused or torch.is_grad_enabled():
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale
         )
