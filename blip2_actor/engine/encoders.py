@@ -50,6 +50,10 @@ class Encoders:
         self._model = model
         self._compiled = _encode
         if compiles:
+            from torch.compiler import config
+
+            # The key of torch's cache on disk lacks the CPU: code for AVX2 writes beyond tensors in AVX512.
+            config.cache_key_tag = config.cache_key_tag or torch.backends.cpu.get_cpu_capability()
             self._compiled = torch.compile(_encode, dynamic=False, fullgraph=True)
         self._replay = EncodeReplay(model, full_batch, capturer) if capturer is not None else None
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +35,19 @@ def test_compiled_encoders_give_the_same_captions(checkpoint_folder: Callable[..
     assert found[0] == found[1]
     assert not any("could not be compiled" in record.message for record in caplog.records)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(("of_user", "expected"), [("", "AVX2"), ("mine", "mine")])
+def test_code_for_other_instructions_is_not_taken_from_the_cache(
+    of_user: str, expected: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process with AVX512 that found code for AVX2 in torch's cache died of a corrupted heap."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    model = load_model(resolve(str(checkpoint_folder())), torch.device("cpu"), torch.float32)
+    config: Any = importlib.import_module("torch.compiler.config")  # `patch` is added when it is imported
+    with config.patch(cache_key_tag=of_user):
+        Encoders(model, full_batch=2, compiles=True)
+        assert config.cache_key_tag == expected
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError, FailOnRecompileLimitHit])
