@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pyarrow as pa
 
 from blip2_actor import DecodePool
+from pipeline.errors import InputError
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.images_of_rows import read_images
 from pipeline.finding import Finding
 from pipeline.inputs.formats import check_options
+from pipeline.inputs.formats.tables.columns import Columns
+from pipeline.inputs.formats.tables.parquet import schema_of
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
@@ -29,14 +32,31 @@ def check_input(inputs: Sequence[str]) -> Finding:
     """List an input, and read and decode one of its first images."""
     try:
         shards = list_shards(inputs)
-        if shards:
-            check_options(shards[:1], ReadOptions())
+        if shards and (column := _addresses(shards[0])):
+            found = f"{count(len(shards), 'shard')} without images, but {column} may hold their addresses"
+            return Finding("input", "warn", found, "give --fetch to the job, which loads them from there")
         error = _first_error(shards[0]) if shards else "no file that is read"
     except (ValueError, OSError, pa.ArrowException) as raised:
         return _problem("input", raised, "give another --input, or the missing permission")
     if error is not None:
         return Finding("input", "fail", f"{count(len(shards), 'shard')}, but {error}", "look at these files")
     return Finding("input", "ok", f"{count(len(shards), 'shard')}, an image of the first one can be decoded")
+
+
+def _addresses(shard: Shard) -> str | None:
+    """Return the column of a table without images that may have addresses of them; they are not followed.
+
+    Raises:
+        InputError: the shard has neither.
+    """
+    try:
+        check_options([shard], ReadOptions())
+    except InputError:
+        if shard.format == "parquet":
+            with suppress(InputError):
+                return Columns.find(schema_of(shard), ReadOptions(fetch=True)).image.name
+        raise
+    return None
 
 
 def _first_error(shard: Shard) -> str | None:

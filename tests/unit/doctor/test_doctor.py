@@ -348,8 +348,12 @@ def test_inputs(tmp_path):
     require(found, "fail", "*.png")
     assert ";" not in found.found and found.remedy == "check the pattern", "one remedy, that of the error"
     pq.write_table(pa.table({"url": ["http://a/b.jpg"]}), tmp_path / "urls.parquet")
-    found = stores.check_input([str(tmp_path / "urls.parquet")])  # it said that the table has no rows
-    require(found, "fail", "no column of image bytes, only url (string); if one of them holds URLs or paths")
+    found = stores.check_input([str(tmp_path / "urls.parquet")])
+    require(found, "warn", "1 shard without images, but url may hold their addresses")
+    assert found.remedy is not None and "--fetch" in found.remedy
+    pq.write_table(pa.table({"alt": ["a boat"]}), tmp_path / "texts.parquet")
+    found = stores.check_input([str(tmp_path / "texts.parquet")])  # it said that the table has no rows
+    require(found, "fail", "no column of image bytes, only alt (string); if one of them holds URLs or paths")
 
 
 def test_outputs(tmp_path):
