@@ -29,6 +29,7 @@ from pipeline.storage.secrets import hide_secrets
 
 NUM_THREADS = 16
 """Images that one loader loads at the same time; it holds as many in memory."""
+TRUST = "; if you trust the host, give --allow-private-hosts to the job or to blip2 retry"
 MAX_STORES = 64
 """Clients of stores that are kept."""
 
@@ -92,10 +93,7 @@ class ImageLoader:
         try:
             image = self._hosts.fetch(url)
         except FetchError as error:
-            remedy = (
-                "; if you trust the host, give --allow-private-hosts" if error.reason == "address" else ""
-            )
-            return None, error.status, hide_secrets(str(error)) + remedy
+            return None, error.status, hide_secrets(str(error)) + (TRUST if error.reason == "address" else "")
         return (image, None, None) if image else (None, Status.MISSING_IMAGE, "the server sent no bytes")
 
     def _place(self, address: str) -> tuple[pafs.FileSystem, str]:

@@ -208,7 +208,7 @@ def _record(run: Run) -> bytes:
 
 
 def revise_run(folder: Folder, run: Run, redone: Iterable[str]) -> None:
-    """Store other shards for a run that has begun.
+    """Store other shards and settings for a run that has begun.
 
     Args:
         redone: names of the shards whose rows are made again. Their files are deleted first: if this process

@@ -43,7 +43,7 @@ class Job:
     redone: tuple[str, ...] = ()
     """Names of the shards whose output is no longer valid, because their input has changed."""
     is_revised: bool = False
-    """Whether `run` has other shards than its stored record."""
+    """Whether `run` has other shards or settings than its stored record."""
     notes: tuple[str, ...] = ()
     """What a person must know of the input, said at the start."""
 

@@ -197,7 +197,7 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
     shards, redone = redo(changes, job.settings.read_options)
     if takes_new:
         shards = add_new(shards, changes.new, job.settings.read_options)
-    run = job.run.with_shards(shards, inputs if takes_new else ())
+    run = _with_hosts(job.run.with_shards(shards, inputs if takes_new else ()), job.settings)
     known = set(job.run.shards)
     added = [shard for shard in shards if shard not in known]
     if added:
@@ -212,6 +212,17 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
         is_revised=run != job.run and job.run_slice is None,
         notes=tuple(changes.lines(is_start=True, is_added=takes_new)),
     )
+
+
+def _with_hosts(run: Run, settings: CaptionSettings) -> Run:
+    """Return a run that knows the private hosts of this start: export and report read their images again."""
+    stored = run.settings.get("fetching", {})
+    known = stored.get("allow_private_hosts", ())
+    hosts = [*dict.fromkeys((*known, *settings.fetching.allow_private_hosts))]
+    if len(hosts) == len(known):
+        return run
+    fetching = {**stored, "allow_private_hosts": hosts}
+    return dataclasses.replace(run, settings={**run.settings, "fetching": fetching})
 
 
 def _list_input(settings: CaptionSettings) -> tuple[Listing, pa.Schema]:

@@ -1,6 +1,7 @@
 """The settings of `blip2 retry`: what may differ from the earlier run without changing its rows.
 
-What is not given is as it was when the run began; what its later starts were given is not stored.
+What is not given is as it was when the run began; of what its later starts were given, only private hosts are
+stored.
 """
 
 from __future__ import annotations

@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from blip2_actor.testing import FakeEngineConfig
+from pipeline.export.export import export
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.inputs.reader import ReadOptions
 from pipeline.progress import Console
 from pipeline.run.prepare import prepare, prepare_retry
 from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.report_settings import ExportSettings
 from pipeline.settings.retry_settings import RetrySettings
 from tests.integration.inputs import BROKEN, png, right_caption
 from tests.unit.fetching.web_server import Answer, web_server
@@ -64,3 +66,24 @@ def test_a_column_of_urls_is_captioned_and_a_retry_fetches_again_what_has_failed
         assert result.by_status == {"ok": 5, "undecodable": 1, "refused": 1}
         assert rows_of(tmp_path)[2]["caption"] == right_caption(png(2))
         assert site.num_requests["/0"] == 2, "a finished row is not fetched again"
+
+
+def test_an_export_asks_the_private_hosts_that_a_retry_has_allowed(tmp_path: Path) -> None:
+    with web_server({"/0": [png(0)]}) as site:
+        pq.write_table(pa.table({"url": [f"{site.url}/0"]}), tmp_path / "urls.parquet")
+        output = str(tmp_path / "out")
+        settings = CaptionSettings(
+            input=(str(tmp_path / "urls.parquet"),), output=output, reading=ReadOptions(fetch=True)
+        )
+        run_job(prepare(settings, FakeEngineConfig()), Console(io.StringIO()))
+        (row,) = rows_of(tmp_path)
+        assert row["status"] == "refused"
+        assert "give --allow-private-hosts to the job or to blip2 retry" in row["error"]
+        retry = RetrySettings(output=output, allow_private_hosts=("127.0.0.1",))
+        assert run_job(prepare_retry(retry, FakeEngineConfig()), Console(io.StringIO())).num_ok == 1
+        assert export(ExportSettings(output=output, to="imagefolder", into=str(tmp_path / "new"))) == 0
+        (image,) = (tmp_path / "new").rglob("*.png")
+        assert image.read_bytes() == png(0)
+        again = prepare_retry(RetrySettings(output=output), FakeEngineConfig())
+        assert again.settings.fetching.allow_private_hosts == ("127.0.0.1",)
+        assert not prepare(settings, FakeEngineConfig()).is_revised

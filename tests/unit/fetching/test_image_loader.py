@@ -62,7 +62,7 @@ def test_what_cannot_be_loaded_costs_its_row_and_says_why(loader: ImageLoader, t
             f"{site.url}/gone?token=secret": ("fetch_failed", "status 404"),
             f"{site.url}/empty": ("missing_image", "no bytes"),
             f"{busy_site.url}/busy": ("fetch_failed", "status 503"),
-            "http://10.0.0.1/a": ("refused", "10.0.0.1; if you trust the host, give --allow-private-hosts"),
+            "http://10.0.0.1/a": ("refused", "10.0.0.1; if you trust the host, give --allow"),
             f"{tmp_path}/large.png": ("too_large", f"more than {MAX_BYTES}"),
             f"{tmp_path}/absent.png": ("unreadable", "absent.png"),
             f"{tmp_path}/empty.png": ("missing_image", "empty"),
