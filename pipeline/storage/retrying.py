@@ -39,6 +39,10 @@ _REFUSED_BY_STORE = re.compile(
     r"|\b(ContainerNotFound|AccountIsDisabled|AuthenticationFailed|Authorization[A-Z]\w+)\b"
 )
 """Arrow raises a plain OSError for these of S3, and for these of Azure."""
+_EXPIRED = re.compile(
+    r"\b(ExpiredToken|InvalidAuthenticationInfo)\b|UNKNOWN \(HTTP status 400\) during HeadObject"
+)
+"""Credentials that have expired; an answer of S3 to HEAD has no code."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +120,7 @@ def retry_on_oserror(
                 result = action()
         except OSError as error:
             _hide_secrets_of(error)
-            if retry_for_s <= 0 or clock() + pause_s > started + retry_for_s or is_final(error):
+            if retry_for_s <= 0 or clock() + pause_s > started + retry_for_s or is_final(error, place):
                 raise
             has_failed = True
             logger.warning("The %s has failed, trying again in %.1f s: %s", place, pause_s, error)
@@ -154,10 +158,14 @@ def _hide_secrets_of(error: OSError) -> None:
             setattr(error, name, hide_secrets(text))
 
 
-def is_final(error: OSError) -> bool:
-    """Return whether a new try cannot succeed: a file is missing, access is denied, a name is too long."""
+def is_final(error: OSError, place: Place = "output") -> bool:
+    """Return whether a new try cannot succeed: a file is missing, access is denied, a name is too long.
+
+    For an output, new credentials are awaited: a client reads the file that they are in again.
+    """
     is_refused = isinstance(error, _NEVER) or error.errno in _NEVER_ERRNOS
-    return is_refused or bool(_REFUSED_BY_STORE.search(str(error)))
+    refusals = (_REFUSED_BY_STORE, _EXPIRED) if place == "input" else (_REFUSED_BY_STORE,)
+    return is_refused or any(refusal.search(str(error)) for refusal in refusals)
 
 
 def _state(error: OSError) -> str:

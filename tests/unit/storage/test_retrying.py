@@ -116,6 +116,20 @@ def test_only_what_may_pass_is_tried_again(error, expected):
     assert is_final(error) == expected
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "AWS Error UNKNOWN (HTTP status 400) during HeadObject operation: No response body.",
+        "AWS Error UNKNOWN (HTTP status 400) during GetObject operation: Unable to parse ExceptionName: "
+        "ExpiredToken Message: The provided token has expired.",
+        "Azure Error: [InvalidAuthenticationInfo] 401 Lifetime validation failed. The token is expired.",
+    ],
+)
+def test_expired_credentials_are_awaited_for_an_output_alone(message):
+    """Each image of a job with --fetch was tried for a minute."""
+    assert is_final(OSError(message), "input") and not is_final(OSError(message))
+
+
 def test_a_final_error_is_raised_at_once():
     """A name that is too long would be tried for a quarter of an hour."""
     clock = Clock()
