@@ -115,7 +115,7 @@ def _retry_after_s(headers: Mapping[bytes, str]) -> float | None:
         return float(text[:9])
     try:
         return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):  # no date, or one without a time zone
+    except (TypeError, ValueError, OverflowError):  # no date, or one without a time zone
         return None
 
 

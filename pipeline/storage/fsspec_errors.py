@@ -159,7 +159,7 @@ def _time_of(date: str) -> datetime | None:
     """Return the time of a header's date, or None if it is not one."""
     try:
         return parsedate_to_datetime(date)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

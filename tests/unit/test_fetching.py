@@ -151,7 +151,8 @@ def test_a_failure_says_whether_another_try_may_help() -> None:
         assert (error.http_status, error.is_transient, error.retry_after_s) == (status, is_transient, 7.0)
     with server(plain(b"", "503 No", Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")) as url:
         assert refused(url, LOOPBACK).retry_after_s == 0.0
-    for wrong in ("soon", "-1", "Wed, 99 Oct"):
+    endless = "Mon, 01 Jan 99999999999999999999 00:00:00 +0000"
+    for wrong in ("soon", "-1", "Wed, 99 Oct", endless):
         with server(plain(b"", "503 No", Retry_After=wrong)) as url:
             assert refused(url, LOOPBACK).retry_after_s is None
     assert refused(url, LOOPBACK).is_transient  # nothing listens any longer
