@@ -1,7 +1,8 @@
 """Fetch from web servers with patience: limits for each host, new tries, and pauses that servers ask for.
 
 A server that has failed for the whole patience, whatever was asked of it, is left alone for a while: its
-images fail at once, so that a million of them do not hold up the job. `blip2 retry` fetches them again.
+images fail at once, so that a million of them do not hold up the job. `blip2 retry` fetches them again. One
+more image is asked for first: nothing else may have been asked for meanwhile.
 Without patience, each image is asked for once, and one failure says nothing of the others.
 """
 
@@ -63,20 +64,20 @@ class Hosts:
                 host.require_up(self._clock())
                 try:
                     image = fetch_image(url, self._policy)
-                    host.answered_at = self._clock()
+                    host.answer(self._clock())
                     return image
                 except FetchError as error:
                     failure = error
             num_tries += 1
             if not failure.is_transient:
                 if failure.reason in ("answer", "redirects", "size"):
-                    host.answered_at = self._clock()
+                    host.answer(self._clock())
                 raise failure
             wait_s = max(pause_s, failure.retry_after_s or 0.0)
             if self._clock() + wait_s > started + self._patience_s:
                 final = _after(num_tries, self._clock() - started, failure)
                 if self._patience_s and host.answered_at < started:
-                    host.leave_alone(self._clock() + DOWN_S, final)
+                    host.leave_alone(self._clock(), final)
                 raise final
             if failure.retry_after_s:
                 host.resume_at = self._clock() + failure.retry_after_s
@@ -106,18 +107,28 @@ class _Host:
         self.answered_at = 0.0
         """When it has last given an image or a definite answer."""
         self._down_until = 0.0
+        self._is_certain = False
+        """Whether another image was asked for since the server was found down."""
         self._failure: FetchError | None = None
 
-    def leave_alone(self, until: float, failure: FetchError) -> None:
-        self._down_until, self._failure = until, failure
+    def answer(self, now: float) -> None:
+        """Note an answer: the server is up."""
+        self.answered_at, self._failure = now, None
+
+    def leave_alone(self, now: float, failure: FetchError) -> None:
+        """Note that the server is down, if that is not known yet."""
+        if self._failure is None or now >= self._down_until:
+            self._down_until, self._failure, self._is_certain = now + DOWN_S, failure, False
 
     def require_up(self, now: float) -> None:
-        """Raise FetchError while the server is left alone."""
-        if self._failure is not None and now < self._down_until:
-            raise FetchError(
-                self._failure.reason,
-                f"{self._failure}; no image of this host is asked for until it may be up",
-            )
+        """Raise FetchError while the server is left alone, but let one image be asked for."""
+        failure = self._failure
+        if failure is None or now >= self._down_until:
+            return
+        if not self._is_certain:
+            self._is_certain = True
+            return
+        raise FetchError(failure.reason, f"{failure}; no image of this host is asked for until it may be up")
 
 
 def _after(num_tries: int, seconds: float, failure: FetchError) -> FetchError:

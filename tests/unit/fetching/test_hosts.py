@@ -76,12 +76,23 @@ def test_a_server_that_is_down_is_left_alone_for_a_while() -> None:
     with web_server({"/a": [503], "/b": [b"image"]}) as site:
         asked = hosts(clock, patience_s=4.0)
         assert "status 503, not with an image (4 tries in 4 s)" in str(failure(asked, f"{site.url}/a"))
+        assert "until it may be up" in str(failure(asked, f"{site.url}/a"))
+        assert site.num_requests["/a"] == 5, "it was asked once more"
         before = clock.now
         error = failure(asked, f"{site.url}/b")
         assert error.status is Status.FETCH_FAILED and "status 503" in str(error)
         assert (clock.now, site.num_requests["/b"]) == (before, 0)
         clock.now += DOWN_S
         assert asked.fetch(f"{site.url}/b") == b"image"
+
+
+def test_one_image_that_cannot_be_had_does_not_bring_its_server_down() -> None:
+    """A thousand good images failed if the bad one was the last of its part of a table."""
+    clock = Clock()
+    with web_server({"/bad": [500], "/good": [b"image"]}) as site:
+        asked = hosts(clock, patience_s=4.0)
+        assert "tries" in str(failure(asked, f"{site.url}/bad"))
+        assert [asked.fetch(f"{site.url}/good") for _ in range(3)] == [b"image"] * 3
 
 
 def test_without_patience_each_image_is_asked_for_once() -> None:
