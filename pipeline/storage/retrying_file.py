@@ -99,6 +99,13 @@ class RetryingFile(io.RawIOBase):
         self._position += num_bytes
         return num_bytes
 
+    def readall(self) -> bytes:
+        """Read the rest in one request; the base class makes one for every 8 KiB."""
+        parts = []
+        while part := self.read(max(0, self._size - self._position)):
+            parts.append(part)
+        return b"".join(parts)
+
     def close(self) -> None:
         if self._file is not None and not self._file.closed:
             self._file.close()

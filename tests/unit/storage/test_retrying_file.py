@@ -105,3 +105,12 @@ def test_a_file_that_a_flag_names_is_read_whole(store, monkeypatch):
     ):
         with pytest.raises(ValueError, match=f"^keys must be a file that can be read, got {uri}: {reason}$"):
             retrying_file.read_file("keys", uri)
+
+
+def test_a_whole_file_is_one_request(store):
+    """It was one for every 8 KiB: an image of 1 MiB took 128 of them, one after the other."""
+    store.pipe("/s/large.jpg", bytes(1 << 20))
+    with retrying_file.open_below("flaky://s", "large.jpg") as file:
+        assert (len(file.read()), file.read(), FlakyStore.num_reads) == (1 << 20, b"", 1)
+        file.seek(1000)
+        assert len(file.read()) == (1 << 20) - 1000
