@@ -1,4 +1,4 @@
-"""`RetryingFile`: read a file of an object store although the store fails in the middle of it; `read_file`.
+"""`RetryingFile`: read a file of an object store although the store fails in the middle of it; `read_whole`.
 
 A 503 or a connection that is cut is no property of the file. Without retries, a shard that the store
 could not deliver for a moment would be recorded as damaged. A disk is not retried: its errors are final.
@@ -36,6 +36,29 @@ def open_below(root: str, file: str) -> pa.NativeFile | RetryingFile:
     """Open a file below a folder, given by its URI, as `open_input` does."""
     filesystem, path = open_filesystem(root)
     return open_input(filesystem, join(path, file))
+
+
+def read_whole(filesystem: pafs.FileSystem, path: str, max_bytes: int) -> tuple[int, bytes]:
+    """Return the size of a file, and its content if that is not larger than `max_bytes`."""
+    if filesystem.type_name == "gcs":
+        return retry_on_oserror(lambda: _stream(filesystem, path, max_bytes), READ_FOR_S, "input")
+    with open_input(filesystem, path) as file:
+        num_bytes = file.size()
+        return num_bytes, b"" if num_bytes > max_bytes else file.read()
+
+
+def _stream(filesystem: pafs.FileSystem, path: str, max_bytes: int) -> tuple[int, bytes]:
+    """Read a file from its beginning: Arrow's other files of gs:// hold Python's lock during a request."""
+    info = filesystem.get_file_info(path)
+    if info.type != pafs.FileType.File:
+        raise FileNotFoundError(f"{path} is not there")
+    if info.size > max_bytes:
+        return info.size, b""
+    with filesystem.open_input_stream(path, compression=None) as file:
+        content = file.read()
+    if len(content) != info.size:
+        raise OSError(f"{path} must have {info.size} bytes, got {len(content)}")
+    return info.size, content
 
 
 def read_file(name: str, uri: str) -> bytes:

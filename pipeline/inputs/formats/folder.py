@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.formats.rows import TableBuilder, escape_name, member_types
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
-from pipeline.storage.retrying_file import open_input
+from pipeline.storage.retrying_file import read_whole
 
 Content = tuple[bytes | None, Status | None, str | None]
 """An image, or the status and the sentence that tell why there is none."""
@@ -52,13 +52,11 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
 def read_file(filesystem: pafs.FileSystem, path: str, max_bytes: int) -> Content:
     """Read an image file, or say why it cannot be read."""
     try:
-        with open_input(filesystem, path) as file:
-            num_bytes = file.size()
-            if num_bytes > max_bytes:
-                return None, Status.TOO_LARGE, f"the file has {num_bytes} bytes, more than {max_bytes}"
-            content = file.read()
+        num_bytes, content = read_whole(filesystem, path, max_bytes)
     except (OSError, UnicodeError, pa.ArrowException) as error:
         return None, Status.UNREADABLE, f"the file cannot be read: {error}"
+    if num_bytes > max_bytes:
+        return None, Status.TOO_LARGE, f"the file has {num_bytes} bytes, more than {max_bytes}"
     if not content:
         return None, Status.MISSING_IMAGE, "the file is empty"
     return content, None, None

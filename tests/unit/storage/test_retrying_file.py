@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from blip2_actor import Status
+from pipeline.inputs.formats.folder import Content, read_file
 from pipeline.inputs.shards import Shard
 from pipeline.storage import retrying, retrying_file
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
@@ -114,3 +116,29 @@ def test_a_whole_file_is_one_request(store):
         assert (len(file.read()), file.read(), FlakyStore.num_reads) == (1 << 20, b"", 1)
         file.seek(1000)
         assert len(file.read()) == (1 << 20) - 1000
+
+
+def test_an_image_in_gs_is_read_as_a_stream(tmp_path, monkeypatch):
+    """Its other files let no thread work during a request: images were read one after the other."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.0)
+    (tmp_path / "image").write_bytes(b"image")
+    disk = pafs.LocalFileSystem()
+    answers = [OSError("503"), pa.BufferReader(b"ima"), pa.BufferReader(b"image")]
+
+    class Google:
+        type_name = "gcs"
+        get_file_info = disk.get_file_info
+
+        def open_input_stream(self, path: str, compression: None) -> pa.NativeFile:
+            answer = answers.pop(0)
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+
+    def read(name: str, max_bytes: int) -> Content:
+        return read_file(Google(), str(tmp_path / name), max_bytes)
+
+    assert read("image", 4)[1:] == (Status.TOO_LARGE, "the file has 5 bytes, more than 4")
+    content, status, error = read("absent", 9)
+    assert (content, status) == (None, Status.UNREADABLE) and "absent is not there" in str(error)
+    assert read("image", 5) == (b"image", None, None) and not answers
