@@ -44,6 +44,9 @@ _EXPIRED = re.compile(
 )
 """Credentials that have expired; an answer of S3 to HEAD has no code."""
 
+_LOST_UPLOAD = "retry.function=UploadChunk"
+"""Google has forgotten an upload in parts, which begins anew; Arrow takes its 404 for a missing file."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -163,6 +166,8 @@ def is_final(error: OSError, place: Place = "output") -> bool:
 
     For an output, new credentials are awaited: a client reads the file that they are in again.
     """
+    if isinstance(error, FileNotFoundError) and _LOST_UPLOAD in str(error):
+        return False
     is_refused = isinstance(error, _NEVER) or error.errno in _NEVER_ERRNOS
     refusals = (_REFUSED_BY_STORE, _EXPIRED) if place == "input" else (_REFUSED_BY_STORE,)
     return is_refused or any(refusal.search(str(error)) for refusal in refusals)

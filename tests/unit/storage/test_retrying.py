@@ -104,6 +104,7 @@ def test_a_listener_that_is_to_stop_ends_the_retries(heard):
         (ConnectionResetError(), False),
         (OSError("503 slow down"), False),
         (FileNotFoundError(), True),
+        (FileNotFoundError("google::cloud::Status(NOT_FOUND: gcloud-cpp.retry.function=UploadChunk)"), False),
         (PermissionError(errno.EACCES, "no"), True),
         (OSError(errno.EROFS, "Read-only file system"), True),
         (OSError(errno.ENAMETOOLONG, "File name too long"), True),
