@@ -14,7 +14,7 @@ from pipeline.column_names import refuse_taken_names
 
 FINGERPRINT_KEY = b"blip2.fingerprint"
 RUN_ID_KEY = b"blip2.run_id"
-"""In the footer of every file that a run has written."""
+"""Keys in the footer of every file that a run has written."""
 
 IDENTITY = (
     pa.field("key", pa.string(), nullable=False),

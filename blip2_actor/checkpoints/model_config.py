@@ -17,7 +17,7 @@ MAX_SIZES = {
     **dict.fromkeys(("d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets"), 1 << 16),
     **dict.fromkeys(("hidden_size", "intermediate_size", "ffn_dim", "max_position_embeddings"), 1 << 16),
 }
-"""Of each part, several times those of the largest models; a damaged file asks for what no memory holds."""
+"""Maximum sizes of each part, several times those of the largest models; damaged files ask for far more."""
 
 
 def read_model_config(folder: Path) -> Blip2Config:

@@ -38,7 +38,7 @@ class Calibration:
     """
 
     coefficients: Mapping[str, float]
-    """Of each feature in `FEATURES`."""
+    """Coefficient of each feature in `FEATURES`."""
     intercept: float
     curve: Sequence[tuple[float, float]]
     """Scores, ascending, and the probability at each; in between, it is interpolated."""

@@ -16,7 +16,7 @@ NUM_PARTS = 5
 """Each part is held out once, to measure the fit of the others on it."""
 NUM_BINS = 10
 PENALTY = 1e-2
-"""Of squared coefficients, so that they stay finite if right and wrong captions can be separated."""
+"""Weight of the squared coefficients, which keeps them finite if right and wrong captions are separable."""
 MAX_STEPS = 50
 MIN_GROUPS, MAX_GROUPS, GROUP_SIZE = 4, 20, 50
 """Points of the curve: more of them follow it closer, and each needs examples."""

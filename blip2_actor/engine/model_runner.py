@@ -150,7 +150,7 @@ class ModelRunner:
     def decode_eagerly(
         self, token_ids: list[int], lengths: list[int], selected: Tensor | None = None
     ) -> Tensor:
-        """As `decode`, but never replayed.
+        """Do what `decode` does, without a CUDA graph.
 
         Args:
             selected: int64[S], the tokens of the slots whose id is negative.

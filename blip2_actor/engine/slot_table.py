@@ -76,7 +76,7 @@ class SlotTable:
             has_costly: whether texts of requests with many slots are costly.
         """
         self.texts: list[RunningText] = []
-        """In the order in which they were placed."""
+        """The texts that hold slots, in the order in which they were placed."""
         self.num_used = 0
         """Slots with an owner; safe to read from any thread."""
         self.num_low_priority = 0

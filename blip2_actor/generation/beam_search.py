@@ -33,7 +33,7 @@ class Hypothesis:
     """Sum of the tokens' log-probabilities after the logits processors; with the length penalty once the
     text has ended."""
     token_logprobs: tuple[float, ...]
-    """Of each token, before any logits processor."""
+    """Log-probability of each token, before any logits processor."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Candidate:
     parent: int
     token_id: int
     score: float
-    """Of the whole text, as in `Hypothesis`."""
+    """Score of the whole text, as in `Hypothesis`."""
     logprob: float
     """Log-probability of this token alone, before any logits processor."""
 

@@ -63,7 +63,7 @@ class Packing:
 
     @property
     def positions(self) -> Tensor:
-        """Of the elements in their sequences: int64[T_total]."""
+        """Position of each element in its sequence: int64[T_total]."""
         return torch.cat([torch.arange(g.length, device=self.device).repeat(g.count) for g in self.groups])
 
     @property

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 NEVER = ("vision.patch_embedding", "language_model.lm_head")
 """Layers that are not quantized: pixels enter the one, and tokens are chosen by the other."""
 UNUSED = ".text_mlp."
-"""In the names of layers that a captioning model may have and never runs, so that nothing calibrates them."""
+"""Part of the names of layers that a captioning model may have but never runs, so they stay uncalibrated."""
 NUM_IMAGES, NUM_TEXTS = 8, 64
 """Images in the Q-Former and texts in a decode step for which shapes are timed: those of a busy engine. A
 layer of the vision encoder has enough rows for one image."""

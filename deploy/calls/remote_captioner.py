@@ -130,7 +130,7 @@ class RemoteCaptioner:
         return await self._handle.matching_info.remote()
 
     async def run(self, pixels: np.ndarray, work: ImageWork) -> ImageOutputs:
-        """As `Captioner.run`.
+        """Do what `Captioner.run` does.
 
         Raises:
             ApiError: 503; no engine can take the request.
@@ -138,17 +138,17 @@ class RemoteCaptioner:
         return await self._answer("run", pixels, work)
 
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
-        """As `Captioner.embed_texts`; raises what `run` raises."""
+        """Do what `Captioner.embed_texts` does; raise what `run` raises."""
         return await self._answer("embed_texts", texts)
 
     def stream(self, pixels: np.ndarray, work: ImageWork) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
-        """As `Captioner.stream`; raises what `run` raises, at the start or later."""
+        """Do what `Captioner.stream` does; raise what `run` raises, at the start or later."""
         return self._items("stream", pixels, work)
 
     def run_batch(
         self, images: np.ndarray, work: BatchWork, digest: str
     ) -> AsyncGenerator[list[tuple[int, BatchOutcome]], None]:
-        """As `Captioner.run_batch`; raises what `run` raises, at the start or later."""
+        """Do what `Captioner.run_batch` does; raise what `run` raises, at the start or later."""
         return self._items("run_batch", images, work, digest)
 
     async def _answer(self, method: str, *arguments: Any) -> Any:

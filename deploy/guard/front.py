@@ -45,7 +45,7 @@ BATCH_PATH = "/v1/batch"
 READY_PATHS = ("/readyz", "/healthz")
 """At the end of a path, as the prefix of the application is not known here."""
 FULL = BEING_SERVED.encode()
-"""In the answer of a gateway that has all the requests that it takes."""
+"""Text in the answer of a gateway that can take no more requests."""
 MIN_LIMIT = 64
 """So many requests a gateway refuses itself, if it must, within a second."""
 LIMIT_GROWTH = 0.1

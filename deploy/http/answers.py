@@ -88,11 +88,11 @@ class CaptionAnswer(Answer):
     captions: list[str] | None
     """All texts, if num_return_sequences is above 1."""
     logprobs: list[float] | None
-    """Of each of `captions`."""
+    """Log-probability of each of `captions`."""
     logprob: float
     """Sum of the log-probabilities of the tokens, natural log."""
     num_tokens: int
-    """Of the caption; the end token is counted if there is one."""
+    """Number of tokens of the caption; the end token is counted if there is one."""
     finish_reason: FinishReason
     """stop: it ended with the end token or a stop text; length: it reached max_new_tokens."""
     confidence: float | None
@@ -105,11 +105,11 @@ class CaptionAnswer(Answer):
     error: str | None
     """null; a column of the batch job."""
     width: int | None
-    """Of the original image, in pixels."""
+    """Width of the original image, in pixels."""
     height: int | None
-    """Of the original image, in pixels."""
+    """Height of the original image, in pixels."""
     sha256: str
-    """Of the encoded image, in hexadecimal."""
+    """SHA-256 of the encoded image, in hexadecimal."""
     token_ids: list[int] | None
     """Of the caption; the end token is included if there is one. Null if the caption is from a finished run
     (`cache_from`), which has none."""
@@ -121,15 +121,15 @@ class CaptionAnswer(Answer):
     captions_flags: list[list[str]] | None = None
     """Flags of each of `captions`."""
     answers: dict[str, TextAnswer] | None = None
-    """Of the prompts of `ask`, by name."""
+    """Answers to the prompts of `ask`, by name."""
     choices: list[Choice] | None = None
-    """In the order of the request."""
+    """The choices, in the order of the request."""
     scores: list[ScoreAnswer] | None = None
-    """Of the texts of `score`, in their order."""
+    """Scores of the texts of `score`, in their order."""
     matches: list[MatchAnswer] | None = None
-    """Of the texts of `match`, in their order."""
+    """Matches of the texts of `match`, in their order."""
     embeddings: dict[str, Vector | list[Vector]] | None = None
-    """By the names in `embed`."""
+    """Vectors, by the names in `embed`."""
     attention: list[Vector] | None = None
     """Where the Q-Former looked: one weight for each patch of the image, in rows from its top; they add up
     to 1. The grid covers the whole image, whatever its shape."""

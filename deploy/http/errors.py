@@ -79,7 +79,7 @@ def unsupported_media_type(message: str) -> ApiError:
 
 
 BEING_SERVED = "requests are being served"
-"""In the message of `full`, by which the front knows it."""
+"""Part of the message of `full`, by which the front recognizes it."""
 
 
 def overloaded(message: str, retry_after_s: float = RETRY_AFTER_S) -> ApiError:
@@ -124,7 +124,7 @@ def shorten(value: object) -> str:
 _UNKNOWN = "extra_forbidden"
 """pydantic's name for a field that does not exist."""
 MAX_NAME_CHARS = 64
-"""Of an unknown field, when the nearest known one is looked for."""
+"""Maximum length of an unknown field's name for which the nearest known one is looked for."""
 MAX_EXPLAINED = 1_000
 """Errors of one body, among which the one that is meant is looked for: 5 ms."""
 

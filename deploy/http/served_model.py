@@ -14,7 +14,7 @@ class ServedModel:
     """One of the models of the service, as its engines have described it."""
 
     name: str
-    """By which requests choose it."""
+    """The name by which requests choose the model."""
     is_first: bool
     """Whether it is the model of a request that names none."""
     info: ModelInfo

@@ -26,7 +26,7 @@ ATTEMPTS, PAUSE_S = 20, 0.1
 
 
 NAMESPACE = "blip2"
-"""Of what is stored in the cluster."""
+"""Namespace of what is stored in the cluster."""
 
 
 class Fleet:

@@ -26,7 +26,7 @@ from deploy.reuse.made import Made
 from deploy.work import ImageOutputs, ImageWork, TextToGenerate
 
 RUN_KEY = b"blip2.run"
-"""In the footer of each file: the settings that decide the rows, as JSON."""
+"""Key in the footer of each file: the settings that decide the rows, as JSON."""
 KEPT_ROW_GROUPS = 32
 """Row groups that stay in memory for the next requests; images of one shard are often asked for together."""
 NUM_THREADS = 4

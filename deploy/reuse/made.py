@@ -18,7 +18,7 @@ class Made:
     """The outputs of one image."""
 
     sha256: str
-    """Of the encoded image, in hexadecimal."""
+    """SHA-256 of the encoded image, in hexadecimal."""
     image: DecodedImage
     """Its size and whether it lacks its end; without its pixels."""
     outputs: ImageOutputs

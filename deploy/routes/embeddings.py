@@ -47,11 +47,11 @@ class EmbedAnswer(Answer):
     """Vectors of an image by kind, or of texts in order."""
 
     embeddings: dict[str, Vector | list[Vector]] | list[Vector]
-    """Of an image, the vectors by kind; of texts, one unit vector each."""
+    """For an image, the vectors by kind; for texts, one unit vector each."""
     width: int | None = None
     height: int | None = None
     sha256: str | None = None
-    """Of the encoded image, in hexadecimal."""
+    """SHA-256 of the encoded image, in hexadecimal."""
     model: str
 
 

@@ -27,7 +27,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class Trials:
-    """Of one gateway; without any in the settings it does nothing."""
+    """The trials of one gateway; without any in the settings it does nothing."""
 
     def __init__(self, settings: Settings, models: Models, is_busy: Callable[[], bool]) -> None:
         """

@@ -44,16 +44,16 @@ class Attempt:
     run_id: str = ""
     """Id of the run; empty in records of older versions."""
     begun: str
-    """In UTC, by the clock of the driver, in ISO 8601."""
+    """When the attempt began: UTC by the driver's clock, in ISO 8601."""
     is_retry: bool = False
     command: str = ""
     """The command line, without secrets."""
     model: str = ""
     dtype: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of Python and of the packages that decide what a run does."""
+    """Versions of Python and of the packages that decide what a run does."""
     hardware: Mapping[str, Any] = field(default_factory=dict)
-    """At the end of the work if the attempt has come to it, else at the start."""
+    """The hardware at the end of the work if the attempt got that far, else at the start."""
     workers: Mapping[str, int] = field(default_factory=dict)
     """The most workers of each stage that were at work at the same time; older versions did not note it."""
     phases: Mapping[str, float] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Attempt:
     num_attempts: int = 1
     """More than 1 if the record stands for several attempts, of which only the sums are kept."""
     folded: str | None = None
-    """Id of the last of these; its own record does not count any more."""
+    """Id of the last of these; its own record no longer counts."""
 
     @property
     def rows(self) -> int:
@@ -82,7 +82,7 @@ class Attempt:
 
     @property
     def active_s(self) -> float:
-        """Seconds from the first captioning worker to the last news: start-up and what came after are out."""
+        """Seconds from the first captioning worker to the last news, without start-up and shutdown."""
         if self.ready_s is None or not self.points:
             return 0.0
         return max(0.0, self.points[-1].seconds - self.ready_s)

@@ -17,11 +17,11 @@ class Refusal:
     """A start that was refused before any work."""
 
     time: str
-    """In UTC, in ISO 8601."""
+    """When the job was refused: UTC, in ISO 8601."""
     command: str
     """The command line, without secrets."""
     version: str
-    """Of this program."""
+    """Version of this program."""
     reason: str
 
     def __str__(self) -> str:

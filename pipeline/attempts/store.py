@@ -10,7 +10,7 @@ from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder
 
 MAX_RECORDS = 64
-"""Of more attempts, the oldest are folded into one record."""
+"""Maximum number of records; the oldest of more attempts are folded into one."""
 
 
 def write_attempt(folder: Folder, attempt: Attempt) -> None:

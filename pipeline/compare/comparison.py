@@ -19,7 +19,7 @@ NUM_LARGEST = 150
 NUM_STATUS_CHANGES = 50
 """Pairs that the page shows one by one."""
 MAX_SCORED = 20_000
-"""Of more pairs with a reference, this many are chosen at random and scored."""
+"""Maximum number of pairs with a reference that are scored; they are chosen at random from more."""
 LOGPROB_DIGITS = 1
 
 
@@ -39,9 +39,9 @@ class Comparison:
     reference: str | None = None
     num_pairs: int = 0
     num_captioned: int = 0
-    """Pairs of which both rows are ok."""
+    """Pairs whose rows are both ok."""
     num_changed: int = 0
-    """Of these, pairs with different captions."""
+    """Those of them with different captions."""
     distances: Counter[int] = field(default_factory=Counter)
     """Number of captioned pairs by edit distance in words."""
     logprobs: Counter[float] = field(default_factory=Counter)

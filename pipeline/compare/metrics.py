@@ -115,7 +115,7 @@ class _Vector:
     weights: tuple[dict[Words, float], ...]
     norms: tuple[float, ...]
     num_bigrams: int
-    """By which the official evaluation compares lengths."""
+    """Number of bigrams, by which the official evaluation compares lengths."""
 
     @classmethod
     def of(cls, words: Words, frequencies: Mapping[Words, int], log_images: float) -> _Vector:

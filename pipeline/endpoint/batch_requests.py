@@ -23,7 +23,7 @@ class Ask:
     """What is wanted of an image: a text by options, the score of a given text, or without both, features."""
 
     options: GenerationOptions | None = None
-    """Of a text to generate, each with a value."""
+    """The options of a text to generate, each with a value."""
     text: str | None = None
     """A text to score."""
     prompt: str | None = None

@@ -117,7 +117,7 @@ def choose_files(
         formats = {name for name in formats if kinds.counts[name]}
         _refuse_several(found, {name: kinds.counts[name] for name in formats})
     for name in formats:
-        if kinds.counts[name] == len(found.files):  # Of 10^8 files, none is looked at again.
+        if kinds.counts[name] == len(found.files):  # Look at none of up to 10^8 files again.
             return Chosen({name: found.files}, Unread(num_excluded=num_excluded))
     left_out = [file for file in found.files if kinds.of(file) not in formats and file not in own]
     own |= tables_in_outputs(found.root, [file for file in left_out if format_of(file) == "parquet"])

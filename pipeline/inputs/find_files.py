@@ -35,7 +35,7 @@ class FoundFiles:
     root: str
     """URI of the folder that holds the files: the folder named, or what precedes the pattern."""
     files: FileTable = field(repr=False)
-    """By their paths below the root."""
+    """The files, by their paths below the root."""
     one_by_one: bool
     """Whether the user named every file itself. Otherwise the files may include some that were not meant."""
 

@@ -78,7 +78,7 @@ def notes_on_formats(shards: Iterable[Shard]) -> list[str]:
     decodes: hours later these are failed rows."""
     num_heic = num_jpeg_xl = 0
     for shard in shards:
-        if shard.format == "folder":  # Of 10^8 names, none is looked at alone.
+        if shard.format == "folder":  # There may be 10^8 names: do not look at each.
             names = "\0".join((*shard.files, "")).lower()
             num_heic += names.count(".heic\0") + names.count(".heif\0")
             num_jpeg_xl += names.count(".jxl\0")

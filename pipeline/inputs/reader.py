@@ -157,7 +157,7 @@ class ShardReport:
     changed: bool = False
     """Whether the input was not, or did not stay, what the run has listed. Then its rows are not used."""
     generation: int = 0
-    """Of the shard; see `Shard.generation`."""
+    """Generation of the shard; see `Shard.generation`."""
     content: str | None = None
     """Digest of a sample of the file's bytes (`pipeline.inputs.stamps`), if the shard is one file."""
     note: str | None = None

@@ -53,13 +53,13 @@ class Summary:
     reason: str | None = None
     """Why the shard is partial, when it is."""
     generation: int = 0
-    """Of the shard; see `Shard.generation`."""
+    """Generation of the shard; see `Shard.generation`."""
     content: str | None = None
     """Digest of a sample of the input's bytes, as in the shard's report."""
     note: str | None = None
     """As in the shard's report."""
     captions: CaptionCounts = field(default_factory=CaptionCounts)
-    """In a place of its own in the footer; files of version 0.1.0 have none."""
+    """Counts of the captions, under a key of their own in the footer; files of version 0.1.0 have none."""
     num_bytes: int | None = field(default=None, compare=False)
     """Size of the file, if known; not in the footer."""
     written: float | None = field(default=None, compare=False)

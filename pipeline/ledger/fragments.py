@@ -50,7 +50,7 @@ class Fragment:
     """The last row, included."""
     count: int
     generation: int = 0
-    """Of the shard when the rows were read; see `Shard.generation`."""
+    """Generation of the shard when the rows were read; see `Shard.generation`."""
 
     @property
     def has_gaps(self) -> bool:

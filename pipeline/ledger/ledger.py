@@ -62,7 +62,7 @@ class Ledger:
 
     folder: Folder
     generations: Mapping[str, int] = field(default_factory=dict)
-    """Of the shards that were begun again (`Shard.generation`); what was made before is left alone."""
+    """Generation of each shard that was begun again (`Shard.generation`); earlier results are left alone."""
     shared: frozenset[str] = frozenset()
     """Shards whose folders may hold those of others; see `shared_folders`."""
 

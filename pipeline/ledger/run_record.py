@@ -52,7 +52,7 @@ class Run:
     """The command's settings as plain values, so that `retry` and `status` need only the output folder."""
     shards: tuple[Shard, ...]
     working_folder: str | None = None
-    """Where the first command was given, as relative inputs are relative to it; None in runs of 0.1.0."""
+    """Working folder of the first command, to which its inputs are relative; None in runs of 0.1.0."""
     hides_options: bool = True
     """Whether an input URI may have passwords or options, which are not stored."""
     unread: Unread = field(default_factory=Unread)

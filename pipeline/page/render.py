@@ -21,7 +21,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 MAX_IMAGE_BYTES = 6_500_000
 """All images of a page together, so that it stays below 10 MB; as text they take a third more."""
 MAX_TEXT_CHARS = 1_000
-"""Of one text, for the same reason."""
+"""Maximum length of one text, for the same reason."""
 
 
 def render(template: str, **values: Any) -> str:

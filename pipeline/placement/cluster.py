@@ -22,7 +22,7 @@ class Node:
     """A node that is alive."""
 
     resources: Mapping[str, float]
-    """As Ray names them: CPU, GPU, NPU, accelerator_type:L40S and so on."""
+    """Resources by their names in Ray: CPU, GPU, NPU, accelerator_type:L40S and so on."""
     labels: Mapping[str, str] = field(default_factory=dict)
     id: str = ""
 

@@ -31,7 +31,7 @@ class NodeType:
     name: str
     max_nodes: int
     resources: Mapping[str, float]
-    """Of one node."""
+    """Resources of one node."""
     labels: Mapping[str, str] | None = field(default_factory=dict)
     """None if the platform does not report them."""
     max_of_all: int = MANY_NODES

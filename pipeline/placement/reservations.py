@@ -29,13 +29,13 @@ class Reservation:
 
     num_cpus: float = 0.0
     accelerators: Mapping[str, float] = field(default_factory=dict)
-    """By their names in Ray; empty on CPUs."""
+    """Accelerators by their names in Ray; empty on CPUs."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Label selectors of the nodes on which the worker may run."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """As tasks, actors and datasets of Ray take it."""
+        """The reservation as options of Ray's tasks, actors and datasets."""
         others = {name: amount for name, amount in self.accelerators.items() if name != "GPU"}
         return {
             "num_cpus": self.num_cpus,

@@ -46,13 +46,13 @@ class Plan:
     num_accelerators: int = 0
     """GPUs of the measured machine that actors of the engine may take."""
     price_per_hour: float | None = None
-    """Of a captioning actor with the cores that keep it busy."""
+    """Price of a captioning actor with the cores that keep it busy."""
     place: str = "here"
     """The measured machine, in words."""
     earlier_start_s: float | None = None
     """Seconds that the last start with this model took, as the output has recorded it."""
     deadline: str | None = None
-    """As it was given."""
+    """The deadline as it was given."""
     deadline_s: float | None = None
     """Seconds from the plan to the moment at which the job would begin to stop for its deadline."""
 

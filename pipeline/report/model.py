@@ -44,7 +44,7 @@ class Report:
     reconciliation: Reconciliation
     statistics: Statistics
     samples: list[Sample]
-    """In the order of their groups."""
+    """The sampled rows, in the order of their groups."""
     norms: Mapping[str, Mapping[float, int]]
     """Number of sampled rows by the Euclidean norm of their vector, to two digits, for each vector column."""
     thumbnails: Mapping[RowAddress, bytes]

@@ -14,7 +14,7 @@ LICENSES = {
     "Salesforce/blip2-opt-": "OPT weights: Meta's OPT-175B license, non-commercial research only",
     "Salesforce/blip2-flan-t5-": "Flan-T5 weights: Apache-2.0",
 }
-"""By the beginning of the name of a checkpoint. docs/checkpoints.md has their sources."""
+"""Licences by the beginning of a checkpoint's name. docs/checkpoints.md has their sources."""
 UNKNOWN = "license unknown here; see its model card"
 
 

@@ -21,7 +21,7 @@ class Machines:
     num_cpus: float
     num_accelerators: float
     num_workers: Mapping[str, float]
-    """By stage."""
+    """Number of workers, by stage."""
 
     def remedy(self, stage: str) -> str:
         """Return what makes a stage faster. More workers are advised only if there is something to run on."""

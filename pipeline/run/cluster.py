@@ -33,7 +33,7 @@ QUIET = (
 _worker_level: str | None = None
 
 TOKEN_REFUSED = "ray.exceptions.AuthenticationError"
-"""In what Ray says when a cluster refuses the token, or that there is none."""
+"""Text in Ray's error when a cluster refuses the token, or got none."""
 CONNECT_S = 10.0
 """How long the head of a cluster may take to accept a connection."""
 

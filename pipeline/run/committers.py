@@ -65,7 +65,7 @@ class Committers:
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
         )
         self._actors: deque[Any] = deque()
-        """In the order in which they get the next commits."""
+        """The committing actors, in the order in which they get the next commits."""
         self._under_way: list[Any] = []
         self._summaries: list[Summary] = []
         self._keep_at = SUMMARIES_PER_FILE

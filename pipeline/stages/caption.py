@@ -174,7 +174,7 @@ class CaptionStage:
         is_used_later = self._embeddings_and_scores.are_wanted or self._regenerate_options is not None
         row = PendingRow(position, [], prompt, image if is_used_later else None)
         if self._cache is not None:
-            # Of what the engine sees: arrays of different layouts may have the same bytes.
+            # A digest of what the engine sees: arrays of different layouts may have the same bytes.
             row.image_key = hashlib.sha256(table[PIXELS][position].as_buffer()).digest()
         requests = [Request(image=image, prompt=prompt)] if self.captioned else []
         for ask in self._asks.values():

@@ -70,15 +70,15 @@ class News:
     """What the driver asks for about once a second."""
 
     receipts: list[Receipt]
-    """Since the last news; they appear here long before the captioning calls that wrote them end."""
+    """Receipts since the last news; they are here long before the captioning calls that wrote them end."""
     shard_reports: list[ShardReport]
-    """Since the last news: how reading some shards ended."""
+    """How reading some shards ended since the last news."""
     loads: dict[str, dict[str, WorkerLoad]]
-    """By stage and worker."""
+    """How busy each worker was, by stage and worker."""
     troubles: list[Trouble]
-    """Of the workers whose requests fail now."""
+    """Troubles of the workers whose requests fail now."""
     failures: list[DeviceFailure]
-    """Of devices, since the last news."""
+    """Failures of devices since the last news."""
     warnings: dict[str, int] = field(default_factory=dict)
     """Warnings of workers, and how often each was given since the start."""
     quantization: dict[str, int] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Coordinator:
         self._new_receipts: list[Receipt] = []
         self._new_reports: list[ShardReport] = []
         self._troubles: dict[str, tuple[float, Trouble]] = {}
-        """Of each worker, and when it has told it."""
+        """The trouble of each worker, and when it was reported."""
         self._failures = DeviceFailures()
         self._warnings: dict[tuple[str, str], int] = {}
         self._quantization: dict[str, str] = {}

@@ -34,7 +34,7 @@ class Device:
     node_id: str
     node: str
     ids: tuple[str, ...]
-    """As Ray numbers the accelerators of the node."""
+    """Ray's numbers of the accelerators on the node."""
     resource: str = "GPU"
     """The name of such accelerators in Ray."""
 

@@ -56,9 +56,9 @@ class View:
     """What is there at one moment."""
 
     nodes: Mapping[str, NodeSeen] = field(default_factory=dict)
-    """By id, those that are gone too."""
+    """Nodes by id, including those that are gone."""
     workers: Mapping[str, WorkerSeen] = field(default_factory=dict)
-    """By the id of the actor."""
+    """Workers by the id of their actor."""
 
     @property
     def num_nodes(self) -> int:

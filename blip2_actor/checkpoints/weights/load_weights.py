@@ -26,7 +26,7 @@ class Place:
     """A tensor of a checkpoint, and the memory of a model that it fills."""
 
     name: str
-    """Of the tensor in the checkpoint."""
+    """Name of the tensor in the checkpoint."""
     stored: StoredTensor
     parameter: str
     """Our name of the parameter."""

@@ -91,7 +91,7 @@ def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     try:
         return archive.next()
-    except (ValueError, OverflowError) as error:  # Of a size that no file has.
+    except (ValueError, OverflowError) as error:  # The header gives an impossible size.
         reason = f"the tar is damaged before byte {archive.offset} ({error}); what follows was not read"
         raise tarfile.ReadError(reason) from None
 
@@ -143,7 +143,7 @@ def check_after_end(archive: tarfile.TarFile) -> str | None:
 
 
 _GNU_MAGIC = b"ustar  \0"
-"""Of headers by GNU tar, which have times where others have the beginning of a long name."""
+"""Magic of headers by GNU tar, which hold times where others hold the beginning of a long name."""
 
 _EXTENDING_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
@@ -152,9 +152,9 @@ _EXTENDING_TYPES = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
-"""Of headers with more about the next one, such as a long name."""
+"""Types of headers that extend the next one, for example by a long name."""
 MAX_EXTENSION_BYTES = 1 << 20
-"""Of such a header, as in libarchive."""
+"""Maximum size of such a header, as in libarchive."""
 
 
 class _Header(tarfile.TarInfo):

@@ -32,7 +32,7 @@ LINE_COLUMN = "path"
 """The only column of a manifest of plain lines."""
 MAX_RECORD_BYTES = 64 << 20
 MAX_NUMBER_DIGITS = 4300
-"""Of an integer in JSON; Python refuses longer ones, with a hint that does not help here."""
+"""Maximum digits of an integer in JSON; Python refuses longer ones, with a hint that does not help here."""
 _DIALECTS: dict[Kind, str] = {"csv": "excel", "tsv": "excel-tab"}
 _QUOTED: dict[Kind, re.Pattern[bytes]] = {
     "csv": re.compile(rb'(?:^|[,\r\n])"[^"]*+(?:""[^"]*+)*+("?)'),

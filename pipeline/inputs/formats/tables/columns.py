@@ -50,7 +50,7 @@ USUAL_ADDRESS_COLUMNS = (
 """With `--fetch`, the first of these names decides which column of text holds the addresses."""
 USUAL_KEY_COLUMNS = ("__key__", "key")
 MAX_NAMED_CHARS = 500
-"""Of the names of columns in a message."""
+"""Maximum length of the list of column names in a message."""
 
 
 @dataclass(frozen=True)
