@@ -15,12 +15,12 @@ WHILE = "while "
 GIVE_TOKEN = (
     "set RAY_AUTH_MODE=token, and give the token of the cluster in RAY_AUTH_TOKEN or in ~/.ray/auth_token"
 )
-"""What to do about a cluster that asks for another token than it was given."""
+"""What to do if a cluster refuses the token that it was given."""
 
 
 @contextmanager
 def noted(doing: str, shard: str | None = None) -> Iterator[None]:
-    """Note in an exception of the block what was being done, and on which node; the driver says it.
+    """Add a note to an exception of the block: what was being done, and on which node. The driver prints it.
 
     Args:
         doing: a stage and a file, such as "reading part0.tar".
@@ -35,7 +35,7 @@ def noted(doing: str, shard: str | None = None) -> Iterator[None]:
             error.add_note(f"{WHILE}{doing} on node {os.uname().nodename}")
         raise
     finally:
-        SHARD.set(before)  # Not by a token: a generator may be closed in another thread.
+        SHARD.set(before)  # not `reset`: a generator may be closed in another thread
 
 
 class InputError(ValueError):

@@ -108,7 +108,7 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
 
 
 def _sentence(error: BaseException) -> str:
-    """Return what an error says, and what to do about one of a disk, which says only what is wrong."""
+    """Return the message of an error; for one of a disk, add what to do."""
     remedy = REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
     said = f"the engine has failed: {error}" if isinstance(error, EngineFault) else str(error)
     return said if remedy is None else f"{said}; {remedy}"

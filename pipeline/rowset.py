@@ -73,7 +73,7 @@ class RowSet:
 
 
 def ranges_of(rows: Iterable[int]) -> Iterator[Range]:
-    """Yield row numbers as ranges, as long as they ascend; one that comes twice in a row counts once."""
+    """Yield the ranges of ascending row numbers; a number that is repeated at once counts once."""
     start = stop = None
     for row in rows:
         if start is None or stop is None:

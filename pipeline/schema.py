@@ -73,7 +73,7 @@ def output_schema(
         kept: columns of the input that the user keeps, in the order given.
         named: columns that the user has named: answers, vectors, scores.
         captioned: whether captions are made; otherwise their columns are left out.
-        has_member: whether the rows have a `member`, which version 1 has not.
+        has_member: whether the rows have a `member`; those of version 1 do not.
 
     Raises:
         ValueError: a kept column has the name of a column of the output, or is given twice.
@@ -91,7 +91,7 @@ def plain_type(type: pa.DataType) -> pa.DataType:
 
     Views, dictionaries, fixed-size lists and extensions such as tensors, on every level, become the types
     that every reader of Parquet knows, and that can be sorted and joined. pyarrow before version 26 cannot
-    read fixed-size lists of which one is null.
+    read a column of fixed-size lists that has a null.
     """
     types = pa.types
     if isinstance(type, pa.BaseExtensionType) and not isinstance(type, (pa.UuidType, pa.JsonType)):

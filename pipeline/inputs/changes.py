@@ -108,7 +108,7 @@ def find_changes(
         listed: the files of the input now; of a run with a limit, only the files of its shards matter.
         content_of: returns the digest of the bytes from which the output file of a shard was made, if the
             shard is finished.
-        known_changed: shards of which a read task or a commit has said that they had changed.
+        known_changed: shards that a read task or a commit has reported as changed.
     """
     now = FilesBelowRoots((without_secrets(root), files) for (root, _), files in listed.chosen.items())
     num_images = sum(len(shard.files) for shard in shards if shard.format == "folder")
@@ -250,7 +250,7 @@ def _difference(shard: Shard, stamps: Sequence[str]) -> str | None:
 def _is_copy(
     shard: Shard, stamps: Sequence[str], content_of: Callable[[str], str | None], copies: dict[str, bool]
 ) -> bool:
-    """Return whether the file of a shard has another time and the bytes that the run has read.
+    """Return whether the file of a shard has the bytes that the run has read, although its time differs.
 
     Args:
         copies: the answers so far, because the ranges of a table share one file.

@@ -1,9 +1,9 @@
 """Choose which files of an input are read: tars, Parquet tables or images.
 
-Folders often hold more than the input: tables of metadata next to tars, statistics, logs. So of a folder
-or a glob one kind of file is read, and an input with two kinds is refused unless `--format` decides. What is
-not read is counted, so that nothing is passed over without a word. What a run has written is never an input,
-unless its files are named one by one.
+Folders often hold more than the input: tables of metadata next to tars, statistics, logs. So only one kind
+of file is read from a folder or a glob, and an input with two kinds is refused unless `--format` decides.
+Files that are not read are counted, so that nothing is skipped silently. What a run has written is never an
+input, unless its files are named one by one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Unread:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is made of the files of one input."""
+    """How the files of one input are read."""
 
     files: dict[Format, FileTable]
     """The files that are read, by format."""
@@ -73,7 +73,7 @@ def choose_files(
 ) -> Chosen:
     """Choose the files of an input that are read.
 
-    Files that the user named one by one are all read. Of a folder or a glob the files of one format are
+    Files that the user named one by one are all read. From a folder or a glob, the files of one format are
     read: the wanted one, or the only one there. img2dataset writes a table next to each tar (and next to
     each folder of images); these tables do not count. Files whose names have no ending are images if their
     first bytes say so.
@@ -141,7 +141,7 @@ class _Kinds:
     """What each file of an input is, by its name, or by its first bytes if the name has no ending."""
 
     def __init__(self, found: FoundFiles, wanted: str | None, known: Collection[str]) -> None:
-        """Look at all files; of the known ones none is opened."""
+        """Look at all files, and open none of the known ones."""
         self._found = found
         self._images: set[str] = set()
         self._left_out: set[str] = set()
@@ -171,7 +171,7 @@ class _Kinds:
         return None if is_left_out else format_of(file)
 
     def leave_out(self, tables: Collection[str]) -> None:
-        """Let some tables be of no format."""
+        """Take some tables out: they have no format from now on."""
         self._left_out.update(tables)
         self.tables = [table for table in self.tables if table not in self._left_out]
         self.counts["parquet"] = len(self.tables)

@@ -1,7 +1,7 @@
-"""Find the files that one input means: a file, a folder, braces or a glob, on a disk or in a store.
+"""Find the files of one input: a file, a folder, braces or a glob, on a disk or in a store.
 
-Nothing is opened and no single file is asked for: a disk is listed folder by folder, an object store
-page by page, so that an input of 10^8 files can be listed.
+No file is opened or looked up on its own: a disk is listed folder by folder, an object store page by page,
+so that an input of 10^8 files can be listed.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class FoundFiles:
 
 
 def find_files(name: str, may_lack: bool = False) -> FoundFiles:
-    """List the files that an input means.
+    """List the files of an input.
 
     Args:
-        may_lack: whether files, or all of them, may be gone since a run has listed the input.
+        may_lack: whether some or all files may be gone since a run listed the input.
 
     Raises:
         InputError: the input does not exist or cannot be listed, or braces or a glob match no file.
@@ -76,7 +76,7 @@ def find_files(name: str, may_lack: bool = False) -> FoundFiles:
 
 
 def find_named(name: str, root: str, files: Sequence[str], may_lack: bool = False) -> FoundFiles:
-    """Find files that something names one by one.
+    """Find files that are named one by one.
 
     Args:
         name: what names them, for messages.
@@ -107,7 +107,7 @@ def find_named(name: str, root: str, files: Sequence[str], may_lack: bool = Fals
 
 
 def same_place(name: str, folder: str) -> str:
-    """Return one spelling for all names of the same input: absolute, without secrets and a last slash.
+    """Return one spelling for all names of the same input: absolute, without secrets or a trailing slash.
 
     Args:
         folder: the working folder in which the name was given.
@@ -255,7 +255,7 @@ def _matching(
 
 
 def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, bool, ListedFile]]:
-    """Yield each entry of a folder: its name, whether it is a folder, and what is known of the file."""
+    """Yield each entry of a folder: its name, whether it is a folder, and what the listing says about it."""
     if not isinstance(filesystem, pafs.LocalFileSystem):
         for info in filesystem.get_file_info(pafs.FileSelector(folder, recursive=False)):
             if not _is_ignored(info.base_name):
@@ -266,7 +266,7 @@ def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, b
             if _is_ignored(entry.name):
                 continue
             if entry.is_symlink() and not os.path.exists(entry.path):
-                # A broken link, also one to itself, is an input: its row says that the file cannot be read.
+                # A broken link, or one to itself, is an input: its row says that the file cannot be read.
                 yield entry.name, False, ListedFile()
             elif entry.is_dir():
                 if not (entry.is_symlink() and _leads_back(entry.path)):
@@ -276,7 +276,7 @@ def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, b
 
 
 def _listed(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> ListedFile:
-    """Return what a store has told about a file; the stamps of a disk come from `local_stamps`."""
+    """Return what a listing says about a file; the stamps of local files come from `local_stamps`."""
     if isinstance(filesystem, pafs.LocalFileSystem):
         return ListedFile(info.size)
     return ListedFile(info.size, stamp_of(info))
@@ -287,7 +287,7 @@ def _is_ignored(name: str) -> bool:
 
 
 def _leads_back(link: str) -> bool:
-    """Whether a link to a folder leads to one that the path of the link has passed, so that it never ends."""
+    """Whether a link leads to a folder above itself, so that following it would never end."""
     target = os.path.realpath(link).rstrip("/")
     folder = link
     while (folder := os.path.dirname(folder)) not in ("", "/"):

@@ -34,8 +34,8 @@ FILES_PER_SHARD = 1000
 RANGE_BYTES = 256 << 20
 """Larger Parquet files are cut into ranges of row groups of about this size."""
 MAX_STAMPED_IMAGES = 100_000
-"""Images of a folder on a disk that are asked for their stamps: a network disk needs up to milliseconds for
-each. In a larger folder, an image that is replaced under its own name is not noticed."""
+"""Maximum number of images in a local folder whose stamps are read: each takes up to milliseconds on a
+network disk. In a larger folder, an image that is replaced under its own name is not noticed."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class ListedFiles:
     chosen: dict[tuple[str, Format], FileTable]
     """Files by their root and format."""
     prefixes: dict[str, str]
-    """What begins the names of the shards below each root."""
+    """Prefix of the names of the shards below each root."""
     folder_names: dict[str, str]
-    """What names the slices of a folder, by root."""
+    """Name of a folder's slices, by root."""
     unread: Unread
     """The files of the input that are not read."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The shards of an input, and what of it is not read."""
+    """The shards of an input, and its files that are not read."""
 
     shards: list[Shard]
     """Sorted by name."""
@@ -121,7 +121,7 @@ def list_files(
         format: as for `list_input`.
         known: the shards of an earlier listing.
         patterns: which files are wanted.
-        begun: the inputs of a run, each as `same_place` writes it. Their files may be gone, but not all.
+        begun: the inputs of a run, each as `same_place` writes it. Some of their files may be gone.
 
     Raises:
         InputError: as `list_input` does.
@@ -160,7 +160,7 @@ def _folder_names(
     prefixes: Mapping[str, str],
     addresses: Mapping[str, tuple[str, ...]],
 ) -> dict[str, str]:
-    """Return what names the slices of a folder, by root.
+    """Return the name of each folder's slices, by root.
 
     Signed URLs of several images of a folder are several roots, of one image each, which names its slice.
     """

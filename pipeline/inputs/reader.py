@@ -1,10 +1,10 @@
-"""The contract of a reader: what it is asked for, what it returns, and the columns of its tables.
+"""The contract of a reader: its options, what it returns, and the columns of its tables.
 
 A reader numbers the rows of the whole shard from 0, skips the rows that it is not asked for, and yields
 small Arrow tables in order. Its generator's return value is a report. The same work gives the same
 tables every time, so that Ray can run a lost read again.
 
-This module does not import pyarrow, because the command line is made of these options.
+This module does not import pyarrow, because the command line is built from these options.
 """
 
 from __future__ import annotations
@@ -155,19 +155,19 @@ class ShardReport:
     reason: str | None = None
     """One sentence if `complete` is False."""
     changed: bool = False
-    """Whether the input was not, or did not stay, what the run has listed. Then its rows are not used."""
+    """Whether the input differed from the run's list before or after reading; its rows are then not used."""
     generation: int = 0
     """Generation of the shard; see `Shard.generation`."""
     content: str | None = None
     """Digest of a sample of the file's bytes (`pipeline.inputs.stamps`), if the shard is one file."""
     note: str | None = None
-    """What a person must know of rows that are complete otherwise, such as a kept column that is null."""
+    """What a person must know about rows that are otherwise complete, such as a kept column that is null."""
 
     def replaces(self, known: ShardReport | None) -> bool:
         """Return whether this report counts from now on, after the shard was read again.
 
-        One that could read less does not replace one that could read more: rows that were there once count,
-        unless the input has changed.
+        A report with fewer rows does not replace one with more: rows that were read once count, unless the
+        input has changed.
         """
         if known is None or self.complete or self.changed:
             return True

@@ -19,7 +19,7 @@ from pipeline.storage.packed_texts import PackedTexts
 from pipeline.storage.secrets import with_secrets_of, without_secrets
 
 PACKED_FROM = 100
-"""Fewer paths of a shard need little memory as they are."""
+"""Number of paths from which on they are packed; fewer need little memory."""
 
 Format = Literal["webdataset", "parquet", "folder", "manifest"]
 
@@ -87,7 +87,7 @@ class Shard:
 
 
 _RESERVED = re.compile(r"^_blip2/|~again\d+$")
-"""Names that `pipeline.ledger.layout` has for files of the state, and for a shard that was begun again."""
+"""Names that `pipeline.ledger.layout` uses for files of the state and for shards that were begun again."""
 _SLICE = re.compile(r"(\d+)/(\d+)")
 
 
@@ -139,7 +139,7 @@ def with_secrets(shards: Iterable[Shard], inputs: Sequence[str]) -> Iterator[Sha
 
 
 def is_local(root: str) -> bool:
-    """Return whether files below a root are asked for their stamps one by one."""
+    """Return whether the stamps of the files below a root are read one by one."""
     return "://" not in root
 
 
@@ -147,7 +147,7 @@ def refuse_duplicates(names: Iterable[str]) -> None:
     """Raise InputError if a name occurs twice.
 
     Args:
-        names: in order, because a set of 10^8 names has no room.
+        names: sorted, because a set of 10^8 names would not fit into memory.
     """
     for name, following in pairwise(names):
         if name == following:
@@ -155,7 +155,7 @@ def refuse_duplicates(names: Iterable[str]) -> None:
 
 
 def refuse_unwritable(shards: Iterable[Shard]) -> None:
-    """Raise InputError if no file of the output can be named after a shard."""
+    """Raise InputError if the name of a shard cannot be that of an output file."""
     for shard in shards:
         try:
             shard.name.encode()

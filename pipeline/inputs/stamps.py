@@ -27,7 +27,7 @@ from pipeline.storage.retrying_file import READ_FOR_S, open_below
 from pipeline.storage.secrets import without_secrets
 
 STAMPED_AT_ONCE = 64
-"""Files that a thread asks for in one task; a task costs more than a stamp."""
+"""Files whose stamps one task of a thread reads; a task costs more than a stamp."""
 NUM_SAMPLES = 16
 SAMPLE_BYTES = 16 << 10
 """The digest covers this much at equal distances, from the first byte to the last."""
@@ -36,8 +36,8 @@ SAMPLE_BYTES = 16 << 10
 def stamp_of(info: pafs.FileInfo) -> str:
     """Return the stamp of a file in a store.
 
-    Stores tell whole seconds in one answer and fractions in another, so fractions are left out. A web server
-    may not tell the time, which is empty then, or the size; then nothing is known of the file.
+    Stores give whole seconds in one answer and fractions in another, so fractions are left out. A web server
+    may not give the time, which is then empty, or the size; then the stamp is unknown.
     """
     if info.type != pafs.FileType.File or info.size is None:
         return UNKNOWN
@@ -61,14 +61,14 @@ def local_stamps(paths: Sequence[str]) -> list[str]:
 
 
 def stamps_now(root: str, entries: Sequence[tuple[str, ListedFile]]) -> tuple[str, ...]:
-    """Return the stamps of files; those that the listing does not tell are asked of the disk."""
+    """Return the stamps of files: those in the listing of a store, or those that the disk has now."""
     if is_local(root):
         return tuple(local_stamps([join(root, file) for file, _ in entries]))
     return tuple(listed.stamp for _, listed in entries)
 
 
 def local_stamps_by_path(shards: Iterable[Shard]) -> dict[str, str]:
-    """Return the stamps that the files of shards on a disk have now; the disk is asked for all at once."""
+    """Return the stamps that the local files of shards have now, all read at once."""
     paths: dict[str, None] = {}
     for shard in shards:
         if is_local(shard.root):
@@ -94,12 +94,12 @@ def may_be_same(known: str, now: str) -> bool:
 
 
 def merged(known: str, now: str) -> str:
-    """Return the stamp that a file has now, or the known one if that tells more."""
+    """Return the stamp that a file has now, or the known one if that says more."""
     return known if now == UNKNOWN or (now.endswith("@") and size_in(now) == size_in(known)) else now
 
 
 def read_unchanged(work: ShardWork, options: ReadOptions, kept: pa.Schema | None = None) -> Tables:
-    """Read a shard, and report it as changed if its file was not, or did not stay, the listed one.
+    """Read a shard, and report it as changed if its file differs from the listed one before or after.
 
     The arguments are those of `read_shard`.
     A slice of a folder is not checked: each of its rows is one file, and its key is the file's name.
@@ -113,7 +113,7 @@ def read_unchanged(work: ShardWork, options: ReadOptions, kept: pa.Schema | None
         content = sample_digest(shard)
     except (InputError, OSError, pa.ArrowException):
         pass  # Reading the shard says what is wrong.
-    if _is_listed(shard) is False:  # Asked for after the digest, which may be that of a new file otherwise.
+    if _is_listed(shard) is False:  # After the digest, which could otherwise be that of a newer file.
         return _changed(shard, "has changed since the run has listed it")
     report = yield from read_shard(work, options, kept)
     is_listed = _is_listed(shard, READ_FOR_S if report.complete else 0.0)

@@ -1,8 +1,8 @@
 """Commit a shard: merge its fragments into one Parquet file, in row order.
 
 The file is there as a whole or not at all. The merge takes each row number once, so rows that were written
-twice do no harm. An ok row wins over a row that is not ok, so the same merge adds what `retry` has made to a
-file that exists. A commit may be repeated at any point, also by another process.
+twice do no harm. An ok row wins over a row that is not ok, so the same merge adds the results of `retry` to
+an existing file. A commit may be repeated at any point, even by another process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RUN_KEY = b"blip2.run"
 SUMMARY_KEY = b"blip2.summary"
 CAPTIONS_KEY = b"blip2.captions"
 SAME_AGAIN = (Status.OK, Status.MISSING_IMAGE, Status.UNDECODABLE)
-"""What follows from the bytes of an image alone. All other statuses may depend on the moment."""
+"""Statuses that depend on the bytes of an image alone. All others may change when the row is run again."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Summary:
 
     @property
     def may_improve(self) -> bool:
-        """Whether rows that are made again from the same input may be better than those of the file."""
+        """Whether running the same input again may give better rows than those of the file."""
         num_final = sum(self.by_status.get(status.value, 0) for status in SAME_AGAIN)
         return not self.complete or num_final < self.num_rows
 
@@ -86,7 +86,7 @@ def commit_shard(
 ) -> Summary | None:
     """Merge the file and the fragments of a shard into its file.
 
-    The file that is there counts at every commit: one that dies while it deletes the fragments has put rows
+    Every commit also merges the existing file: a commit that died while it deleted the fragments has put rows
     into the file that the remaining fragments may lack, or have as failed.
 
     A shard whose rows no merge can write gets a file without rows, which says why: it is partial. Its
@@ -100,8 +100,8 @@ def commit_shard(
         is_shared: whether the shard's folder may hold those of other shards; see `shared_folders`.
 
     Returns:
-        What the file contains now, or None when rows are missing, or another process commits the shard: then
-        nothing has changed.
+        What the file contains now. None, without any change, if rows are missing or another process commits
+        the shard.
     """
     name = file_name or output_name(report.shard)
     try:
@@ -136,7 +136,7 @@ def _commit(
     report = _with_changes(folder, report, merge, files.report)
     if report.changed:
         merge = Merge(before)
-    # A shard that is read again, and can be read less far, keeps its rows.
+    # A shard that is read again, but not as far as before, keeps its rows.
     num_rows = max(report.num_rows, num_before)
     if not np.array_equal(merge.numbers[:num_rows], np.arange(num_rows)):
         return None
@@ -161,9 +161,9 @@ def _commit(
 
 
 def _pieces_of_file(folder: Folder, report: ShardReport) -> tuple[list[Piece], int]:
-    """Return the row groups of the file that a shard has already, and its number of rows.
+    """Return the row groups of a shard's existing file, and its number of rows.
 
-    A file of an earlier generation counts as none; it is of a driver that was late.
+    A file of an earlier generation does not count: a driver that was late has written it.
 
     Raises:
         PieceGone: the file is of a later generation, because another driver has begun the shard again.
@@ -188,8 +188,8 @@ def _pieces_of_file(folder: Folder, report: ShardReport) -> tuple[list[Piece], i
 def _with_changes(folder: Folder, report: ShardReport, merge: Merge, stored_name: str | None) -> ShardReport:
     """Return the report of a shard, or one without rows if the shard's input has changed.
 
-    The read task notices a change, or here two pieces have the same row with different keys: then one of them
-    was read from another input.
+    Either the read task notices the change, or two pieces have different keys for the same row: then one of
+    them was read from another input.
 
     Args:
         stored_name: file with the latest stored report.

@@ -40,7 +40,7 @@ _NAME = re.compile(r"^(?P<first>\d+)-(?P<last>\d+)-(?P<count>\d+)-[0-9a-f]+\.arr
 
 @dataclass(frozen=True)
 class Fragment:
-    """One fragment file, as its name describes it. Only one with gaps must be opened to know its rows."""
+    """One fragment file, as its name describes it. Only files with gaps are opened to learn their rows."""
 
     shard: str
     name: str
@@ -62,7 +62,7 @@ def write_fragment(folder: Folder, rows: pa.Table, generation: int = 0) -> Fragm
 
     Args:
         rows: at least one row in the output schema, all of one shard, each row number once; less than 2 GiB,
-            for which a chunk of strings has room.
+            the limit of one chunk of strings.
         generation: of the shard that the rows were read from.
     """
     rows = rows.sort_by("row").combine_chunks()
@@ -117,7 +117,7 @@ def read_fragment(folder: Folder, name: str) -> pa.Table | None:
 
 
 def parse_fragment(name: str) -> Fragment | None:
-    """Return what the name of a file says, relative to the output, or None when it is no fragment."""
+    """Parse a file name relative to the output; return None if it is not a fragment's."""
     folder, _, last = name.rpartition("/")
     match, found = _NAME.match(last), parse_folder_of_shard(folder)
     if not match or found is None:
@@ -154,7 +154,7 @@ def list_shard_files(folder: Folder, shard: str, generation: int) -> ShardFiles:
 
 
 def report_order(file: WrittenFile) -> tuple[float, bool]:
-    """Return the order of a shard's reports: the last one counts, and of two at once the one of a change."""
+    """Return the sort key of a shard's reports: the latest counts; of two at once, the one of a change."""
     return file.written, is_report_of_change(file.name)
 
 
@@ -195,14 +195,14 @@ def delete_shard_files(
     """Delete the files of a shard that has been committed.
 
     The files that were merged are deleted by name. What another process writes meanwhile stays, and the next
-    sweep merges it. A store of which one request cannot delete several files needs three for a file and five
-    for a folder: there, the whole folder is deleted if nothing that arrives meanwhile can be of use.
+    sweep merges it. A store that cannot delete several files in one request needs three requests for a file
+    and five for a folder: there, the whole folder is deleted if nothing that arrives meanwhile can be of use.
 
     Args:
-        files: what the commit has found.
+        files: the files that the commit found.
         num_rows: fragments with later rows stay.
         is_shared: whether the folder may hold those of other shards.
-        may_improve: whether rows that are written meanwhile may be better than those of the file.
+        may_improve: whether rows written meanwhile may be better than those of the file.
     """
     merged = [fragment.name for fragment in files.fragments if fragment.last < num_rows]
     if len(merged) == len(files.fragments) and not (is_shared or may_improve or folder.is_local):
@@ -210,7 +210,7 @@ def delete_shard_files(
             folder.erase(files.folder)
         return
     folder.delete_files(merged)
-    folder.delete_files(files.reports)  # While fragments are left, a report says what to make of them.
+    folder.delete_files(files.reports)  # after the fragments, which are of no use without a report
     folder.drop_if_empty(files.folder)
 
 
@@ -227,7 +227,7 @@ def store_shard_report(folder: Folder, report: ShardReport) -> None:
 def read_shard_report(folder: Folder, name: str) -> ShardReport | None:
     """Return the report in a file, or None when a commit has deleted it meanwhile.
 
-    A damaged report is none: its shard is read again, which stores another.
+    A damaged report counts as none: its shard is read again, which stores another.
     """
     content = folder.get(name)
     try:

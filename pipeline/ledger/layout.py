@@ -1,4 +1,4 @@
-"""Names of the files in an output folder; `ledger` says what they mean. They never change."""
+"""Names of the files in an output folder; `ledger` says what they are. They never change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHARD_LIST = f"{STATE}/shards.jsonl.gz"
 """The list of shards, except of a run that slices have begun; see `slices_shard_list`."""
 FRAGMENTS = f"{STATE}/fragments"
 ROWS = ".rows"
-"""Ends the name of the folder in which an unfinished shard has its fragments and its report."""
+"""Ending of the folder that holds the fragments and the report of an unfinished shard."""
 OLD_SHARD_REPORTS = f"{STATE}/ends"
 """Where version 0.1.0 kept shard reports."""
 LEASE = f"{STATE}/lease.json"
@@ -20,18 +20,18 @@ SLICE_LEASES = f"{STATE}/leases"
 """The folder with the leases of drivers that work on a slice of the run."""
 SUMMARIES = f"{STATE}/summaries"
 ATTEMPTS = f"{STATE}/attempts"
-"""Records of what each start of the run did; nothing that a resume needs."""
+"""Records of what each start of the run did; a resume does not need them."""
 LOGS = f"{STATE}/log"
-"""What the driver of each attempt has said, as lines of JSON."""
+"""What the driver of each attempt printed, as lines of JSON."""
 REFUSAL = f"{STATE}/refused.json"
 """Why a submitted job was last refused here; it claims nothing, and a resume does not need it."""
 PLAN_FOLDERS = f"{STATE}/plan-"
-"""Begins the names of the folders in which `plan` times writing."""
+"""Prefix of the folders in which `plan` times writing."""
 _SLICE_LEASE = re.compile(r"/(\d+)-of-(\d+)\.json$")
 _SLICES_SHARD_LIST = re.compile(rf"{STATE}/shards-[0-9a-f]+\.jsonl\.gz")
 _GENERATION = re.compile(r"~again(\d+)$")
 SUFFIX = ".parquet"
-"""Ends the names of finished shards; no name of the state may, or globs would find it."""
+"""Ending of finished shards; no file of the state may have it, or globs would find that file."""
 
 
 def output_name(shard: str) -> str:
@@ -45,12 +45,12 @@ def is_result(name: str) -> bool:
 
 
 def state_name(shard: str, generation: int) -> str:
-    """Return the name under which the state keeps what was made of one content of a shard."""
+    """Return the name under which the state keeps the results of one generation of a shard."""
     return f"{shard}~again{generation}" if generation else shard
 
 
 def parse_state_name(name: str) -> tuple[str, int]:
-    """Return the shard and the generation that `state_name` has joined."""
+    """Return the shard and the generation that `state_name` joined."""
     match = _GENERATION.search(name)
     return (name[: match.start()], int(match[1])) if match else (name, 0)
 
@@ -64,7 +64,7 @@ def slices_shard_list(run_id: str) -> str:
 
 
 def is_shard_list(name: str) -> bool:
-    """Return whether a file is a list of shards, of this run or of one whose driver died as it began it."""
+    """Return whether a file is a list of shards: of this run, or of one whose driver died as it began."""
     return name == SHARD_LIST or _SLICES_SHARD_LIST.fullmatch(name) is not None
 
 
@@ -85,7 +85,7 @@ def folder_of_shard(shard: str, generation: int) -> str:
 
 
 def parse_folder_of_shard(folder: str) -> tuple[str, int] | None:
-    """Return the shard and the generation of a folder, or None if it is no such folder."""
+    """Return the shard and the generation of a folder, or None if it belongs to no shard."""
     if not (folder.startswith(f"{FRAGMENTS}/") and folder.endswith(ROWS)):
         return None
     return parse_state_name(folder[len(FRAGMENTS) + 1 : -len(ROWS)])
@@ -106,7 +106,7 @@ def is_report_of_change(name: str) -> bool:
 
 
 def parse_shard_report_name(name: str) -> tuple[str, int] | None:
-    """Return the shard that a report file is about and the generation, or None if it is no report."""
+    """Return the shard and the generation of a report file, or None if it is not a report."""
     if name.startswith(f"{OLD_SHARD_REPORTS}/"):
         return parse_state_name(name.removeprefix(f"{OLD_SHARD_REPORTS}/").removesuffix(".json"))
     folder, _, last = name.rpartition("/")

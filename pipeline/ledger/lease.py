@@ -3,8 +3,8 @@
 Several drivers may work on slices of one run. Each slice has a lease, and no shard is in two slices that are
 worked on: slices of another division are refused, and so is a driver for the whole run.
 
-A driver shows that it lives by its heartbeat, a number that changes. No clocks of two machines are compared
-to take a lease. On the same machine a dead driver is recognized at once, so that running the command again
+A driver shows that it lives by its heartbeat, a number that changes. Taking a lease never compares the clocks
+of two machines. On the same machine a dead driver is recognized at once, so that running the command again
 after a kill does not wait.
 
 A driver that was suspended may go on after another has taken its shards. It finds its lease gone at its next
@@ -77,7 +77,7 @@ class Holder:
 
     @property
     def is_known_dead(self) -> bool:
-        """True when the process has certainly ended; False also when that cannot be known."""
+        """True if the process has certainly ended; False if it runs, or that cannot be known."""
         return self.is_on_this_machine and _process_start(self.pid) != self.process_start
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ def read_holder(folder: Folder, name: str = LEASE, num_tries: int = 3) -> Holder
     try:
         return Holder(**json.loads(content))
     except (ValueError, TypeError) as error:
-        if num_tries > 1:  # Arrow may take the size of one heartbeat and the content of the next one.
+        if num_tries > 1:  # Arrow may read the size of one heartbeat and the content of the next.
             return read_holder(folder, name, num_tries - 1)
         raise ValueError(
             f"the lease {name} in {folder} must be one that this version can read, got {content[:80]!r}: "
@@ -110,7 +110,7 @@ def read_holders(folder: Folder) -> dict[str, Holder]:
 
 
 def driver_at_work(folder: Folder) -> Holder | None:
-    """Return a driver that holds a lease, unless it has died, or by our clock has long sent no heartbeat."""
+    """Return a driver that holds a lease, unless it has died, or has sent no heartbeat for long."""
     for name, holder in read_holders(folder).items():
         silent_s = folder.seconds_since_write(name)
         may_send = holder.is_on_this_machine or silent_s is None or silent_s < DEAD_AFTER_S
@@ -139,7 +139,7 @@ class Lease:
             run_slice: the part of the run that is worked on; None means all of it.
             beat_s: seconds between heartbeats.
             dead_after_s: how long to watch the heartbeat of a driver on another machine.
-            run: id of the run, for those who read the lease.
+            run: id of the run, for readers of the lease.
         """
         self._folder, self._slice, self._name = folder, run_slice, lease_name(run_slice)
         self._dead: set[str] = set()
@@ -149,7 +149,7 @@ class Lease:
         self._me = Holder.of_this_process(run)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
-        self._confirmed = 0.0  # when the last heartbeat that has succeeded was begun
+        self._confirmed = 0.0  # start of the last successful heartbeat
         self.lost = False
         """True once another driver has taken the lease: this driver must stop."""
 
@@ -173,8 +173,8 @@ class Lease:
         self._confirmed = time.clock_gettime(_CLOCK)
         self._take()
         self._thread.start()
-        # Of two drivers that start together, one for a slice and one for the whole run, each sees the
-        # heartbeat of the other, and both may find out. In a store without conditions the last to write wins.
+        # Two drivers, one for a slice and one for the whole run, may start together: each sees the heartbeat
+        # of the other, and both may stop. In a store without conditional writes, the last to write wins.
         try:
             self._refuse_while_held()
             self._delete_dead()
@@ -189,13 +189,13 @@ class Lease:
     def _release(self) -> None:
         self._stop.set()
         self._thread.join()
-        # When the store fails now, the lease stays, as that of a driver that has died.
+        # If the store fails now, the lease stays, like that of a driver that has died.
         with contextlib.suppress(OSError):
             if not self.lost and self._is_mine():
                 self._folder.delete(self._name)
 
     def _take(self) -> None:
-        """Write the lease; raise OutputInUse if another driver has come first since nobody held it."""
+        """Write the lease; raise OutputInUse if another driver has taken it meanwhile."""
         if self._folder.put_new(self._name, self._content(0)):
             return
         if (holder := read_holder(self._folder, self._name)) is not None and self._may_live(holder):
@@ -203,9 +203,9 @@ class Lease:
         self._write(0)
 
     def _refuse_while_held(self) -> None:
-        """Raise OutputInUse when another driver that lives works on the same shards.
+        """Raise OutputInUse if another living driver works on the same shards.
 
-        Those of other machines are watched together until a heartbeat changes or all must be dead.
+        Drivers on other machines are watched together until a heartbeat changes or all count as dead.
         """
         watched = {name: holder for name, holder in self._others().items() if self._may_live(holder)}
         here = next((holder for holder in watched.values() if holder.is_on_this_machine), None)
@@ -223,18 +223,18 @@ class Lease:
         self._dead |= {holder.token for holder in watched.values()}
 
     def _delete_dead(self) -> None:
-        """Delete the leases of dead drivers for our shards: one that goes on must see that it has none."""
+        """Delete the leases of dead drivers for our shards: one that wakes up must see that it has none."""
         for name, holder in self._others().items():
             if not self._may_live(holder) and name != self._name:
                 self._folder.delete(name)
 
     def _others(self) -> dict[str, Holder]:
-        """Return who holds a lease for shards of ours, or held ours before."""
+        """Return the holders of leases for any of our shards, including former holders of ours."""
         holders = read_holders(self._folder)
         return {name: holder for name, holder in holders.items() if self._overlaps(parse_lease_name(name))}
 
     def _may_live(self, holder: Holder) -> bool:
-        """Return whether it is another driver that is not known to be dead."""
+        """Return whether a holder is another driver that is not known to be dead."""
         return holder.token not in {self._me.token, *self._dead} and not holder.is_known_dead
 
     def _in_use(self, holder: Holder) -> OutputInUse:

@@ -64,7 +64,7 @@ class Ledger:
     generations: Mapping[str, int] = field(default_factory=dict)
     """Generation of each shard that was begun again (`Shard.generation`); earlier results are left alone."""
     shared: frozenset[str] = frozenset()
-    """Shards whose folders may hold those of others; see `shared_folders`."""
+    """Shards whose folders may hold folders of other shards; see `shared_folders`."""
 
     def __str__(self) -> str:
         """Return the URI of the folder, without secrets."""
@@ -128,7 +128,7 @@ class Ledger:
     def require_unrevised(self, run: Run) -> None:
         """Raise OutputInUse if a driver has stored other shards for a run since it was loaded.
 
-        The lease is taken up to a minute later than the run is loaded: another driver may have come and gone.
+        The lease is taken up to a minute after the run is loaded: another driver may have come and gone.
         """
         if run.listed is not None and self.folder.file(run.shard_list) != run.listed:
             raise OutputInUse(
@@ -217,5 +217,5 @@ class Ledger:
         return compare_input(self.folder, run, inputs)
 
     def drivers(self) -> dict[RunSlice | None, Holder]:
-        """Return the drivers that hold a lease, dead or alive, by the slice of the run; None is the whole."""
+        """Return the drivers that hold a lease, dead or alive, by their slice; None is the whole run."""
         return {parse_lease_name(name): holder for name, holder in read_holders(self.folder).items()}

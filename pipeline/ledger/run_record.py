@@ -3,10 +3,10 @@
 The shard list is written first and `run.json` last: a run has begun when `run.json` exists. Passwords and
 options of input URIs are not stored.
 
-`run.json` says in which format it was written: the oldest whose readers understand it. A file without
-`format_version` is of version 0, which has the same fields as version 1; version 2 has its shards in another
-file. A file of a newer version is refused, because this version cannot know what its fields mean. The version
-is no part of the fingerprint.
+`run.json` holds its format version: the lowest whose readers understand the file. A file without
+`format_version` is of version 0, which has the same fields as version 1; version 2 keeps its shards in
+another file. A file of a newer version is refused, because this version cannot know what its fields mean.
+The version is not part of the fingerprint.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder, OpenFile, WrittenFile
 
 FORMAT_VERSION = 2
-"""Raised when a reader of the version before would misread the file."""
+"""Increased when a reader of the previous version would misread the file."""
 TOGETHER_S = 2.0
-"""Drivers that begin a run within this time of each other find out, also in a store without conditions."""
+"""Drivers that begin a run within this time of each other notice it, even in a store without conditional
+writes."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,17 @@ class Run:
     kept: pa.Schema | None = None
     """The kept columns, with the types that they have in every file; None in runs of 0.1.0."""
     id: str = ""
-    """Names the run in logs, metrics, leases and files; of an older run, it follows from its record."""
+    """Names the run in logs, metrics, leases and files; for an older run, it is derived from its record."""
     quantization: QuantizationChoice | None = None
     """What every worker quantizes; None if nothing is."""
     shard_list: str = SHARD_LIST
     """The file with the shards."""
     listed: WrittenFile | None = field(default=None, compare=False)
-    """The same file as it was when the shards were read."""
+    """That file as it was when the shards were read."""
 
     @property
     def schema_version(self) -> int:
-        """The version of the row contract in which the run was begun, and is finished."""
+        """The version of the row contract in which the run was begun and will be finished."""
         return int(self.fingerprint.parts.get("schema", {}).get("version", SCHEMA_VERSION))
 
     @property
@@ -137,7 +138,7 @@ class Run:
         return Fingerprint({**fingerprint.parts, "input": self.fingerprint.parts.get("input")})
 
     def _input_difference(self, inputs: Sequence[str], counts_added: bool = True) -> str:
-        """Say which inputs a command has that the run has not, and the other way round."""
+        """Say which inputs of a command the run lacks, and the other way round."""
         given, known = _places(inputs), self.inputs
         added, left_out = set(given).difference(known), set(known).difference(given)
         phrases = [f"added {name_some(sorted(added))}"] if added and counts_added else []
@@ -179,7 +180,7 @@ def write_run(folder: Folder, run: Run) -> bool:
         return True
     if folder.put_new(RUN_FILE, _record(run)):
         return True
-    if read_run(folder) is None:  # There is no way to say the condition to this store: the last one counts.
+    if read_run(folder) is None:  # This store has no conditional writes: the last one counts.
         folder.put(RUN_FILE, _record(run))
         time.sleep(TOGETHER_S)
     is_ours = json.loads(folder.get(RUN_FILE) or b"{}").get("id") == run.id
@@ -274,7 +275,7 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
 
 
 def _without_secrets_of_models(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without passwords in names of models: 0.1.0 stored them, now they are refused."""
+    """Return the settings without passwords in names of models: 0.1.0 stored them; now they are refused."""
     plain = dict(settings)
     for part, names in {"engine": ("model", "adapter"), "outputs": ("score_model",)}.items():
         stored = settings.get(part, {})
@@ -287,7 +288,7 @@ def _without_secrets_of_models(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _read_shards(file: OpenFile, inputs: Sequence[str]) -> tuple[Shard, ...]:
     with gzip.open(file, "rt", encoding="utf-8", newline="\n") as lines:
         shards = tuple(with_secrets((Shard(**json.loads(line)) for line in lines), inputs))
-    if not shards:  # No run has none, but gzip takes an empty file for an empty text.
+    if not shards:  # Every run has shards, but gzip takes an empty file for an empty text.
         raise EOFError("the list of shards is empty")
     return shards
 

@@ -50,7 +50,8 @@ class OutputState:
         """Return the lists of shards that the run does not read.
 
         Args:
-            run: None if there is none. If there are rows then, its record is lost, and a list may be its.
+            run: None if there is none. If there are rows without a run, its record is lost, and every list is
+                kept, because one may be its own.
         """
         if run is None:
             return [] if self.written or self.fragments else [*self.shard_lists]
@@ -59,7 +60,7 @@ class OutputState:
     def of_shards(self, shards: Set[str]) -> OutputState:
         """Return the state with the fragments and reports of all other shards as leftovers.
 
-        A late worker may write such a fragment after a table was begun again and has other parts since.
+        A late worker may write such a fragment after a table was begun again and divided into other parts.
         """
         others = [f.name for name, found in self.fragments.items() if name not in shards for f in found]
         others += [report for name, report in self.shard_reports.items() if name not in shards]
@@ -121,7 +122,7 @@ def scan_output(folder: Folder, generations: Mapping[str, int] | None = None, un
 
 @dataclass
 class ShardProgress:
-    """How far one shard is."""
+    """The progress of one shard."""
 
     shard: Shard
     done: RowSet

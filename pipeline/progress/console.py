@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Style = Literal["text", "quiet", "json"]
 LIVE_EVERY_S = 0.5
 LOG_EVERY_S = 10.0
-"""Seconds between two lines about something that is awaited, and between two lines of JSON."""
+"""Seconds between two lines about what the job waits for, and between two lines of JSON."""
 LINE_EVERY_S = 60.0
 """Seconds between two lines of progress where there is no terminal."""
 YELLOW, RED = "\x1b[33m", "\x1b[31m"
@@ -65,7 +65,7 @@ class Console:
         self._keep: Callable[[str, str], Any] | None = None
 
     def keep(self, take: Callable[[str, str], Any]) -> None:
-        """Hand each line from now on to a function too, also those that quiet leaves out.
+        """Also hand each line from now on to a function, including those that `--quiet` leaves out.
 
         Args:
             take: takes the kind of the line (note, warning, failure, result) and its text.
@@ -77,7 +77,7 @@ class Console:
         return _style == "json"
 
     def say(self, text: str) -> None:
-        """Print a note, which nobody needs who has asked for quiet."""
+        """Print a note; `--quiet` leaves it out."""
         self._print("note", text)
 
     def clear(self) -> None:
@@ -86,15 +86,15 @@ class Console:
             write(self._stream, "\x1b[2J\x1b[H" if self._is_terminal else "\n")
 
     def result(self, text: str) -> None:
-        """Print a line of what the command was asked for."""
+        """Print a line of the command's result."""
         self._print("result", text)
 
     def warn(self, text: str) -> None:
-        """Print what a person should look at, also when quiet."""
+        """Print what a person should look at, even with `--quiet`."""
         self._print("warning", text, YELLOW)
 
     def fail(self, text: str) -> None:
-        """Print what has failed, also when quiet."""
+        """Print what has failed, even with `--quiet`."""
         self._print("failure", text, RED)
 
     def count_warnings(self, warnings: Mapping[str, int]) -> None:
@@ -109,7 +109,7 @@ class Console:
         self._warnings |= warnings
 
     def say_repeated(self) -> None:
-        """Print how often the warnings were given that were given again."""
+        """Print how often each repeated warning was given."""
         for text, number in self._warnings.items():
             if number > 1:
                 self.warn(f"warning of a worker: {text} ({number:,} times)")
@@ -123,7 +123,7 @@ class Console:
             write(self._stream, text)
 
     def error(self, text: str) -> None:
-        """Print the sentence that ends a command, in every style: on standard error people read it."""
+        """Print the sentence that ends a command, in every style; people read it on standard error."""
         write(self._stream, self._shown(text, RED) + "\n")
 
     def finding(self, finding: Finding) -> None:

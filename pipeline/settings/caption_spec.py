@@ -1,7 +1,7 @@
-"""`CaptionSpec`: what the caption stage is to make of each image.
+"""`CaptionSpec`: what the caption stage makes of each image.
 
-The job, the plan and `pipeline.caption` each describe their work by one spec, and `CaptionStage` takes it. A
-rule about these values stands here once.
+The job, the plan and `pipeline.caption` each describe their work by one spec, which `CaptionStage` takes. So
+a rule about these values is written once, here.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class CaptionSpec:
     reuse_identical: bool = False
     """Whether the texts of identical images are generated once per actor."""
     limits: ImageLimits = field(default=ImageLimits())
-    """What decoding one image may cost."""
+    """Limits for decoding one image."""
     fetch: FetchSettings | None = None
-    """How images are fetched that the column names by web addresses; None refuses these."""
+    """How images at web addresses in the column are fetched; None refuses these."""
     text_prefix: str = ""
-    """Starts the names of the columns whose texts are scored."""
+    """Prefix of the columns whose texts are scored."""
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_column is not None:
@@ -58,7 +58,7 @@ class CaptionSpec:
         return replace(self, options=self.options.resolve(info.generation_config))
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse settings with which no row could be served, before any work begins.
+        """Refuse settings that would fail every row, before any work begins.
 
         Raises:
             ValueError: the model cannot take a prompt that every row would have, an option has token ids that

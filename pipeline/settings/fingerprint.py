@@ -1,8 +1,8 @@
 """The fingerprint of a run: everything that decides what its rows say.
 
 The rule: rows with different fingerprints never share an output. A run resumes only if the fingerprint of
-its settings equals the stored one. What only decides how fast rows are made (actors, threads, slots) is no
-part of it.
+its settings equals the stored one. Settings that only decide how fast rows are made (actors, threads, slots)
+are not part of it.
 
 Adding a field: every setting that changes rows must enter the fingerprint, but a run that an earlier version
 began must still resume. Therefore list the new field in `ADDED_LATER`, with the value that reproduces what

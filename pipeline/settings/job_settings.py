@@ -86,7 +86,7 @@ class JobSettings:
             raise ValueError("input must name at least one file or folder, got none")
         require_fraction("max_failed_fraction", self.max_failed_fraction)
         require_fraction("max_flagged_fraction", self.max_flagged_fraction)
-        stop_time(self.deadline)  # which refuses one that is wrong
+        stop_time(self.deadline)  # validates
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
         if self.add_new and self.limit is not None:
@@ -119,7 +119,7 @@ class CaptionSettings(JobSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        CaptionSpec(prompt=self.prompt, prompt_column=self.reading.prompt_column)  # which refuses both
+        CaptionSpec(prompt=self.prompt, prompt_column=self.reading.prompt_column)  # validates
         self.outputs.refuse_taken([*COLUMN_NAMES, *self.reading.kept])
 
     def job(self) -> CaptionSettings:
@@ -138,7 +138,7 @@ class CaptionSettings(JobSettings):
         return self.engine
 
     def spec(self, engine: EngineBuilder | None = None) -> CaptionSpec:
-        """Return what the caption stage makes of the tables that the readers of this job yield.
+        """Return the spec of the caption stage for the tables that the readers of this job yield.
 
         Args:
             engine: replaces the engine of these settings.
@@ -185,7 +185,7 @@ class CaptionSettings(JobSettings):
         return replace(self.reading, max_image_bytes=max_bytes, text_columns=texts)
 
     def fingerprint(self, info: ModelInfo) -> Fingerprint:
-        """Return all that decides what the rows say; time and memory of an image depend on the machine."""
+        """Return everything that decides what the rows say; limits of time and memory do not."""
         limits, reading = self.limits, self.reading
         parts = {
             "input": [without_secrets(uri) for uri in self.input],

@@ -27,7 +27,7 @@ CONFIDENCE = "confidence"
 SHARED_WITH_SCORE_MODEL = ("device", "dtype", "num_threads")
 """Options of the engine that a retrieval checkpoint takes too."""
 FORMS = {"ask": "NAME=PROMPT", "embed": "NAME=KIND", "score": "NAME=COLUMN"}
-"""How the fields that name columns are written."""
+"""The form of each field that names columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +153,14 @@ class Outputs:
 
     @property
     def stored(self) -> Outputs:
-        """What a run stores: a URI without passwords and options."""
+        """The outputs as a run stores them: URIs without passwords and options."""
         if self.calibration is None:
             return self
         return replace(self, calibration=without_secrets(self.calibration))
 
     @property
     def confidence_parts(self) -> dict[str, Any] | None:
-        """What enters a run's fingerprint; None without a calibration."""
+        """The calibration's part of a run's fingerprint; None without a calibration."""
         calibration = self.read_calibration()
         if calibration is None:
             return None
@@ -200,7 +200,7 @@ class Outputs:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What enters a run's fingerprint: each column, and the order of the columns."""
+        """The part of a run's fingerprint: each column, and the order of the columns."""
         return {
             "columns": [*([CAPTION] if self.caption else []), *self.names],
             "ask": self.asks,

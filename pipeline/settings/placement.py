@@ -1,4 +1,4 @@
-"""How many actors run, and on which accelerators and nodes: what a user may say about placement."""
+"""The settings of placement: how many actors run, and on which accelerators and nodes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Placement:
 
     @property
     def accelerators(self) -> dict[str, float] | None:
-        """What the user has named for each captioning actor, by its name in Ray; None if nothing is named."""
+        """Accelerators that the user gives each captioning actor, by their name in Ray; None if not given."""
         if self.gpus_per_actor is not None:
             return {"GPU": self.gpus_per_actor, **self.of_accelerator_type} if self.gpus_per_actor else {}
         if self.accelerator is None:
@@ -98,7 +98,7 @@ class Placement:
         """Refuse accelerators for an engine that runs on CPUs.
 
         Args:
-            device: of the engine; None if it has none to choose.
+            device: the engine's; None if it has none to choose.
         """
         if device == "cpu" and (self.accelerators or self.accelerator_type):
             raise ValueError(

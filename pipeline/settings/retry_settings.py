@@ -1,7 +1,7 @@
 """The settings of `blip2 retry`: what may differ from the earlier run without changing its rows.
 
-What is not given is as it was when the run began; of what its later starts were given, only private hosts are
-stored.
+A setting that is not given is as it was when the run began; of the settings of later starts, only private hosts
+are stored.
 """
 
 from __future__ import annotations
@@ -125,13 +125,13 @@ class RetrySettings:
             raise ValueError("status must not be ok without keys, or every row runs again; name the rows")
         for name, value in self.fractions.items():
             require_fraction(name, value)
-        stop_time(self.deadline)  # which refuses one that is wrong
+        stop_time(self.deadline)  # validates
         self.limits(ImageLimits())
         self.fetching(FetchSettings())
 
     @property
     def fractions(self) -> dict[str, Any]:
-        """What may fail or be flagged, if it is given, by the name of the setting."""
+        """The limits for failed and flagged rows that are given, by the name of the setting."""
         return _given(
             max_failed_fraction=self.max_failed_fraction, max_flagged_fraction=self.max_flagged_fraction
         )
@@ -171,7 +171,7 @@ class RetrySettings:
         """Return how images are fetched, with the changes that are given here.
 
         Raises:
-            ValueError: a number is out of range, or a host is none.
+            ValueError: a number is out of range, or a host is not valid.
         """
         changes = _given(fetch_timeout_s=self.fetch_timeout_s, fetch_patience_s=self.fetch_patience_s)
         hosts = (*before.allow_private_hosts, *self.allow_private_hosts)

@@ -1,8 +1,8 @@
 """Read shards: one module per format, and the functions that choose among them.
 
-A reader yields tables of the rows asked for, then returns a report. It decodes no image and loses no
-row: if the bytes of an image cannot be had, the row says why. The same work gives the same tables every
-time. Each module says which rule makes a row and what damage may cost.
+A reader yields tables of the rows asked for, then returns a report. It decodes no image and loses no row: if
+the bytes of an image are not available, the row says why. The same work gives the same tables every time.
+Each module says what makes a row and what damage may cost.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _one_of_each_file(shards: Sequence[Shard], format: Format) -> list[Shard]:
 
 
 def _require_base64(found: Sequence[tuple[Shard, Columns]], options: ReadOptions) -> None:
-    """Refuse a column of text that holds something else than base64, such as URLs; nulls say nothing."""
+    """Refuse a column of text that holds something other than base64, such as URLs; nulls are ignored."""
     for table, columns in found:
         if options.image_encoding == "base64" or options.fetch or not is_text(columns.image_type):
             continue

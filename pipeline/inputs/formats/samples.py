@@ -5,7 +5,7 @@
 - Every image of a sample is a row: `shot.2021.00.jpg` and `shot.2021.01.jpg` share a key and are two rows. If
   an image column is named, only the member with that extension is.
 - A sample without an image is one row that says so. Texts and kept members belong to each row of the sample.
-- If a key occurs again with an image, these rows are of their own.
+- If a key occurs again later with an image, it makes new rows.
 - A member without an extension is an image if its first bytes say so; its key is its path.
 - Other members without a key are counted. Hidden files, `__MACOSX` and WebDataset's own `__notes__` are not.
 
@@ -57,7 +57,7 @@ class ImageMember:
 
 @dataclass(slots=True)
 class Sample:
-    """Members with the same key as they are found."""
+    """Members with the same key that follow each other."""
 
     key: str
     first_row: int
@@ -68,7 +68,7 @@ class Sample:
     members: dict[str, bytes] = field(default_factory=dict)
     """Content of the kept members and texts, by extension."""
     status: Status | None = None
-    """Why a kept member or a text cannot be had; all rows of the sample fail then."""
+    """Why a kept member or a text is not available; all rows of the sample then fail."""
     error: str | None = None
     is_continued: bool = False
     """Whether a part of the sample was yielded before."""
@@ -142,7 +142,7 @@ class SampleReader:
                 self._take(sample, extension, member, archive)
         except TAR_ERRORS as error:
             # The last sample counts if nothing that was asked for can be missing from it: an image and its
-            # kept members are there, and they are whole. Only the next header shows that a member is.
+            # kept members are there, and they are whole. Only the next header shows that a member is whole.
             if sample is not None:
                 if is_in_sample and not isinstance(error, TarEndsEarly):
                     self._drop_last_member(sample)
@@ -157,7 +157,7 @@ class SampleReader:
         return self._other_extensions <= sample.extensions.keys()
 
     def _split_name(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> tuple[str | None, str]:
-        """Return key and lower-case extension of a member; the key is None if it is no sample's.
+        """Return the key and the lower-case extension of a member; the key is None if no sample has it.
 
         Without an extension it is an image or is counted, unless a program has left it there.
         """

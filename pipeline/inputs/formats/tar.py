@@ -1,8 +1,8 @@
 """Read tars once, from front to back, and detect whether they are whole.
 
-Python's `tarfile` ends an archive at the first header that it cannot read, and takes a cut there for the
-end. Here only the end-of-archive mark is the end; anything else is an error that says at which byte the
-tar is cut or damaged.
+Python's `tarfile` ends an archive at the first header that it cannot read, and takes a truncated tar for a
+whole one. Here only the end-of-archive mark is the end; anything else is an error that says at which byte
+the tar is cut or damaged.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class LinkTargets:
         self._by_name: dict[str, tarfile.TarInfo] = {}
 
     def find(self, archive: tarfile.TarFile, link: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        """Return the member before a link that it repeats, or None; a compressed tar cannot be read back."""
+        """Return the earlier member that a link repeats, or None; a compressed tar is not read backwards."""
         file = archive.fileobj
         if not isinstance(file, io.BufferedReader) or isinstance(file.raw, PartsStream):
             return None
@@ -167,7 +167,7 @@ class _Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # The stubs of tarfile lack it.
             raise  # The end-of-archive mark.
         except (tarfile.HeaderError, ValueError, OverflowError, RecursionError) as error:
-            # Or a field is no number, or hundreds of headers for the next one follow each other.
+            # The other errors: a field is not a number, or hundreds of headers in a row extend the next one.
             reason = "too many headers for one member" if isinstance(error, RecursionError) else error
             raise TarEndsEarly(
                 f"the tar is cut short or damaged at byte {archive.offset}, where a header or the "

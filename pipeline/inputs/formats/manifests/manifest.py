@@ -1,8 +1,8 @@
 """Read manifests of images: one record is one row, whose image is at the address that the record names.
 
 A record that cannot be read becomes a row with a status, so that every other row keeps its number. A manifest
-is divided into shards by its bytes when it is listed. It is one file of the input like a tar: if it changes,
-its rows are no longer those of the run. The images that it names are not watched.
+is divided into shards by its bytes when it is listed. Like a tar, it is one file of the input: if it changes,
+its rows are no longer those of the run. Changes of the images that it names are not noticed.
 """
 
 from __future__ import annotations
@@ -119,11 +119,11 @@ def _with_addresses(options: ReadOptions) -> ReadOptions:
 
 
 def _row(record: bytes, kind: Kind, header: list[str], columns: Columns, folder: str) -> dict[str, Any]:
-    """Return the columns of a record; of one that cannot be read, why."""
+    """Return the columns of a record, or why it cannot be read."""
     try:
         row = _values(values(record, kind, header), columns, folder)
         for value in row.values():
-            (value or "").encode()  # JSON may have half of a surrogate pair, which is no text.
+            (value or "").encode()  # JSON may have half of a surrogate pair, which cannot be encoded.
         return row
     except ValueError as error:
         line = record.strip()[:200].decode(errors="surrogateescape")

@@ -64,7 +64,7 @@ class Columns:
     kept: dict[str, pa.Field]
     """The kept columns that the table has, by their name in the output."""
     lacking: tuple[str, ...] = ()
-    """Names in the input of kept columns that the table lacks; they are null in the output."""
+    """Input names of kept columns that the table lacks; they are null in the output."""
     all_names: tuple[str, ...] = ()
     """Names of all columns of the table."""
 
@@ -135,7 +135,7 @@ def option_name(text: str) -> str:
 
 
 def _named(columns: pa.Schema) -> str:
-    """Return the names of columns for a message; without a header, a first line may be long."""
+    """Return the names of columns for a message; a file without a header may have a long first line."""
     return _cut(", ".join(columns.names))
 
 
@@ -240,7 +240,7 @@ def _has_field(type: pa.DataType, name: str, fits: Any) -> bool:
 
 
 def element_type(type: pa.DataType) -> pa.DataType:
-    """Return the type of the elements of a list; another type as it is."""
+    """Return the type of a list's elements, or the type itself if it is not a list."""
     types = pa.types
     is_list = types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type)
     return type.value_type if is_list or types.is_list_view(type) or types.is_large_list_view(type) else type

@@ -27,7 +27,7 @@ class Images:
     """The images of some rows; rows are numbered from 0."""
 
     cells: pa.Array
-    """Encoded bytes. Those of rows with an address or a failure are no images."""
+    """Encoded bytes. Cells of rows with an address or a failure are not images."""
     addresses: dict[int, str]
     failures: dict[int, Failure]
 
@@ -83,7 +83,7 @@ def _decoded(images: pa.Array, rows: Sequence[int], max_bytes: int) -> tuple[pa.
     """Decode the base64 of some cells.
 
     Returns:
-        The images, and the failures of cells that are no base64. A text that is too long for an image of
+        The images, and the failures of cells that are not base64. A text that is too long for an image of
         `max_bytes` stays as it is.
     """
     if not rows:

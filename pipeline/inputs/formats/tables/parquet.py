@@ -31,7 +31,7 @@ BUFFER_BYTES = 4 << 20
 """A column is read in pieces of this size, never a whole row group: one may be larger than memory."""
 
 _DAMAGE_ERRORS = (OSError, pa.ArrowException, UnicodeError)
-"""`UnicodeError` is of names of columns, and of texts in nested columns that only Python can convert."""
+"""`UnicodeError` comes from column names, and from texts in nested columns that only Python can convert."""
 
 
 def read(work: ShardWork, options: ReadOptions) -> Tables:
@@ -187,7 +187,7 @@ def _open(shard: Shard) -> Iterator[pq.ParquetFile]:
     with (
         open_below(shard.root, shard.files[0]) as source,
         pq.ParquetFile(
-            # Arrow takes a short result of one `read` of a Python file for the end of the file.
+            # Arrow takes a short `read` of a Python file for the end of the file.
             source if isinstance(source, pa.NativeFile) else io.BufferedReader(source),
             buffer_size=BUFFER_BYTES,
             pre_buffer=False,
@@ -198,7 +198,7 @@ def _open(shard: Shard) -> Iterator[pq.ParquetFile]:
 
 
 def _sizes(file: pq.ParquetFile, options: ReadOptions) -> list[int]:
-    """Return the number of rows that each row group has; those of the table if no column can be the image."""
+    """Return the number of rows of each row group; table rows are counted if no column can be the image."""
     try:
         columns = Columns.find(file.schema_arrow, options)
     except InputError:
