@@ -55,14 +55,14 @@ class Attempt:
     hardware: Mapping[str, Any] = field(default_factory=dict)
     """The hardware at the end of the work if the attempt got that far, else at the start."""
     workers: Mapping[str, int] = field(default_factory=dict)
-    """The most workers of each stage that were at work at the same time; older versions did not note it."""
+    """Maximum number of workers of each stage at work at the same time; older versions did not record it."""
     phases: Mapping[str, float] = field(default_factory=dict)
     """Seconds of each phase of the start, in order."""
     ready_s: float | None = None
     """When the first captioning worker was ready; None if none ever was."""
     points: Sequence[Point] = ()
     shard_rows: float | None = None
-    """Mean number of rows of the shards of known length: the next attempt estimates with it what is left."""
+    """Mean number of rows of the shards of known length; the next attempt estimates with it what is left."""
     warnings: Mapping[str, int] = field(default_factory=dict)
     """Warnings of workers, and how often each was given."""
     quantization: Mapping[str, int] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Attempt:
     reason: str | None = None
     """Why the attempt ended."""
     num_attempts: int = 1
-    """More than 1 if the record stands for several attempts, of which only the sums are kept."""
+    """Number of attempts that the record stands for; if more than 1, only their sums are kept."""
     folded: str | None = None
     """Id of the last of these; its own record no longer counts."""
 
@@ -151,7 +151,7 @@ class Attempts:
         return known[-1] if known else None
 
     def start_s(self, model: str, dtype: str) -> float | None:
-        """Return how long the last start with a model took until a worker had it; None if none had."""
+        """Return how long the last start with a model took until a worker was ready; None if none was."""
         known = [one.ready_s for one in self.all if (one.model, one.dtype) == (model, dtype) and one.phases]
         return next((seconds for seconds in reversed(known) if seconds is not None), None)
 

@@ -24,7 +24,7 @@ from pipeline.storage.secrets import hide_secrets
 
 WRITE_EVERY_S = 15.0
 """A driver that is killed loses at most this much of its record, and none of its rows. In its first minutes
-it writes more often, after each tenth of its age."""
+it writes more often: whenever a tenth of its age has passed."""
 MAX_REASON_CHARS = 1_000
 
 
@@ -39,13 +39,13 @@ class AttemptRecorder:
 
         Args:
             folder: the output; its requests are not repeated.
-            attempt: what is known at the start.
+            attempt: the record at the start.
             is_begun: whether the output holds a run. A new run that is refused leaves no record.
         """
         self._folder = folder
         self._is_begun = is_begun
         self.log = AttemptLog(attempt.run_id)
-        """What the driver says; it is stored now and then, and at the end."""
+        """What the driver prints; stored now and then, and at the end."""
         self.earlier = Attempts()
         """The attempts of this run before this one."""
         if is_begun:
@@ -63,7 +63,7 @@ class AttemptRecorder:
         self._write()
 
     def run_has_begun(self, run: str, dtype: str) -> None:
-        """Note that the output holds the run, and what it is called now that "auto" is resolved.
+        """Note that the output holds the run, with the digest and dtype that "auto" has become.
 
         Args:
             run: digest of its fingerprint.
@@ -112,7 +112,7 @@ class AttemptRecorder:
 
         Args:
             rows: rows that this driver has counted.
-            loads: by stage and worker, those that are gone too.
+            loads: by stage and worker, including workers that are gone.
             at_work: the workers that are there.
             warnings: of workers, and how often each was given.
             quantization: what workers have quantized, and how many of them.
@@ -150,7 +150,7 @@ class AttemptRecorder:
 
     @property
     def all(self) -> Attempts:
-        """All attempts of this run, with this one as far as it is."""
+        """All attempts of this run, with this one as it is now."""
         return Attempts((*self.earlier, dataclasses.replace(self._attempt, points=self._timeline.points)))
 
     @property

@@ -11,7 +11,7 @@ STEP_S = 1.0
 class Timeline:
     """Keeps a point per step. When it is full, it drops every second one and doubles the step.
 
-    Points hold sums since the start, so a dropped point makes the line coarser and nothing wrong. The newest
+    Points hold sums since the start, so a dropped point makes the line coarser but never wrong. The newest
     point is always kept.
     """
 

@@ -10,10 +10,10 @@ from pipeline.endpoint.batch_requests import Outcome, outcome_of
 from pipeline.endpoint.client import Endpoint, error_in, pause_s, reason_of
 
 SILENT_S = 60.0
-"""The endpoint sends an empty line each second; after this long without any, it is gone."""
+"""The endpoint sends an empty line each second; after this long without one, it is gone."""
 
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, EOFError)
-"""What reading a line raises that is no outcome."""
+"""Exceptions of reading a line that is not an outcome."""
 
 
 class WorkRefused(Exception):
@@ -30,7 +30,7 @@ class BrokenOff(Exception):
     def __init__(self, reason: str, type: str = "") -> None:
         """
         Args:
-            type: what the endpoint says of it; "unavailable" and "timeout" are orderly ends.
+            type: the error type that the endpoint gives; "unavailable" and "timeout" are orderly ends.
         """
         super().__init__(reason)
         self.type = type
@@ -46,17 +46,17 @@ class Connection:
     def outcomes(
         self, kind: str, body: bytes, number: int, on_admitted: Callable[[], None]
     ) -> Generator[tuple[int, Outcome] | None, None, None]:
-        """Send a request, and yield positions and outcomes; None while the endpoint is at work on it.
+        """Send a request, and yield positions and outcomes; yield None while the endpoint works on it.
 
         Args:
             kind: the content type.
-            number: of what is wanted.
+            number: number of outcomes.
             on_admitted: called when the endpoint has taken the request.
 
         Raises:
             OSError, HTTPException: the endpoint cannot be reached.
             WorkRefused: it takes no such request, or none now.
-            BrokenOff: the answer has begun and ended early.
+            BrokenOff: the answer began and ended early.
         """
         response = self._post(kind, body)
         if response.status != 200:

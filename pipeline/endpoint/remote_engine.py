@@ -1,8 +1,8 @@
 """`RemoteEngine`: the engine of a job whose model is loaded elsewhere.
 
-Threads send decoded images to an endpoint, many in one request, and take outcomes as they are finished. An
-endpoint that is busy, gone, or has another model for a while is waited for; what it has not answered is asked
-again. So a text may be made twice there, and its result is taken once.
+Threads send decoded images to an endpoint, many in one request, and take outcomes as they are finished. They
+wait for an endpoint that is busy, gone, or has another model for a while, and ask again for what it has not
+answered. So the endpoint may make a text twice; its result is taken once.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ MAX_IMAGES = 64
 MAX_BYTES = 8 << 20
 """Pixels of one request."""
 PAUSE_S = 1.0
-"""Least pause before the next try if the endpoint asks for none."""
+"""Minimum pause before the next try if the endpoint asks for none."""
 BUSY = ("overloaded", "quota", "too_many_bytes")
 """Types of refusals that only ask for patience."""
 REFUSALS = (400, 413, 415, 422)
-"""Codes of requests that would be refused again."""
+"""HTTP codes of requests that would be refused again."""
 KEY_REFUSED = (401, 403)
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class RemoteEngine:
         self._has_work = threading.Condition()
         self._is_closed = False
         self._is_given_up = False
-        """Nobody wants anything any longer; what has no outcome ends with `GivenUp`."""
+        """Whether the job stops; everything without an outcome then ends with `GivenUp`."""
         self._ended = threading.Event()
         self._outage = Outage()
         self._max_images = max(1, min(MAX_IMAGES, MAX_BYTES // (3 * model.image_size_px**2)))
@@ -105,7 +105,7 @@ class RemoteEngine:
         yield self.submit(request, options).result().text or ""
 
     def image(self, image: ImageLike | None) -> Any:
-        """Return an image that several requests can share; it is sent once if they go together."""
+        """Return an image that several requests can share; requests that are sent together send it once."""
         if not isinstance(image, np.ndarray):
             raise TypeError(f"image must be uint8[S, S, 3], got {type(image).__name__}")
         if image.flags.writeable:  # the caller may write over it
@@ -147,7 +147,7 @@ class RemoteEngine:
         return wanted.future
 
     def stats(self) -> EngineStats:
-        """Return counters. Nothing is said to be waiting: the patience is with the endpoint."""
+        """Return counters. Nothing counts as waiting: how long to wait is decided here, not by a watchdog."""
         return EngineStats(
             num_requests=self._num_requests, num_finished=self._num_finished, num_tokens=self._num_tokens
         )
@@ -159,7 +159,7 @@ class RemoteEngine:
             self._has_work.notify_all()
         self._ended.set()
         for thread in self._threads:
-            if not self._is_given_up:  # else it may be in a request, which nobody waits for
+            if not self._is_given_up:  # otherwise it may be in a request that takes long
                 thread.join()
         self._give_up()
 
@@ -178,7 +178,7 @@ class RemoteEngine:
         while wanted := self._take():
             try:
                 self._ask(connection, wanted)
-            except Exception as error:  # whoever waits for the futures must learn of it
+            except Exception as error:  # goes to those who wait for the futures
                 logger.exception("A request to the endpoint has failed")
                 for one in wanted:
                     one.fail(error)
@@ -200,12 +200,12 @@ class RemoteEngine:
             self._is_given_up = True
             self._has_work.notify_all()
         self._ended.set()
-        # Without the lock: a done callback may take another one under which somebody submits.
+        # Without the lock: a done callback may take another lock, under which `submit` is called.
         for one in list(self._unfinished):
             one.fail(GivenUp())
 
     def _take(self) -> list[Wanted]:
-        """Wait for work, and take what goes with the first piece of it; none when the engine is closed."""
+        """Wait for work, and take all that goes with the first piece; none if the engine is closed."""
         with self._has_work:
             while not (self._drop_ended() or self._is_closed or self._is_given_up):
                 self._has_work.wait()
@@ -217,7 +217,7 @@ class RemoteEngine:
             return taken
 
     def _drop_ended(self) -> bool:
-        """Forget what nobody wants any longer; return whether anything is left."""
+        """Forget work whose future is done; return whether anything is left."""
         while self._queue and self._queue[0].future.done():
             self._queue.popleft()
         return bool(self._queue)
@@ -228,7 +228,7 @@ class RemoteEngine:
             self._has_work.notify_all()
 
     def _ask(self, connection: Connection, wanted: list[Wanted]) -> None:
-        """Send one request and deliver its results; what has none goes again after a pause."""
+        """Send one request and deliver its results; work without a result is sent again after a pause."""
         kind, body = form_of([(one.image, one.ask) for one in wanted], self._model)
         try:
             with closing(connection.outcomes(kind, body, len(wanted), self._outage.end)) as outcomes:
@@ -275,7 +275,7 @@ class RemoteEngine:
             self._pause(wanted, str(refusal), refusal.pause_s, refuses_key=refusal.code in KEY_REFUSED)
 
     def _after_break(self, wanted: list[Wanted], end: BrokenOff) -> None:
-        """Ask again. A text with which an answer breaks off each time must not break it for the others."""
+        """Ask again. A text on which answers break off each time must not block the others for ever."""
         # The first text of a request is the first to have slots, and the last to lose them to other callers.
         suspects = {"unavailable": [], "timeout": wanted[:1]}.get(end.type, wanted)
         for one in (one for one in suspects if not one.future.done()):

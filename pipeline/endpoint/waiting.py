@@ -1,4 +1,4 @@
-"""What the threads of one engine say while their endpoint takes no work: one voice for all."""
+"""What an engine says while its endpoint takes no work, once for all its threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEY_PATIENCE_S = RETRY_FOR_S
 
 
 class GivenUp(Exception):
-    """The job stops; what it has asked its endpoint for has no outcome."""
+    """The job stops; requests to its endpoint end without an outcome."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Outage:
 
         Args:
             state: what is wrong, in a phrase.
-            at_least_s: what the endpoint asks for.
-            is_ended: set when nobody wants an answer any longer.
+            at_least_s: minimum pause, which the endpoint asks for.
+            is_ended: set when no answer is needed any longer.
             refuses_key: the endpoint answers, and waiting alone does not help.
         """
         now = time.monotonic()
@@ -53,7 +53,7 @@ class Outage:
         earliest, next_try = now + at_least_s, now + pause_s
         is_new = True
         while (left_s := next_try - time.monotonic()) > 0:
-            with self._lock:  # or this would say that it fails after `end` has said that it works
+            with self._lock:  # otherwise this could report a failure after `end` has reported success
                 if self._since != since:
                     break
                 kind = KeyRefused if refuses_key and time.monotonic() > give_up_at else Trouble
@@ -65,7 +65,7 @@ class Outage:
         return not is_ended.wait(max(0.0, earliest - time.monotonic()))
 
     def end(self) -> None:
-        """Say that the endpoint works again, if it did not."""
+        """Report that the endpoint works again, if it did not."""
         with self._lock:
             if self._since is not None:
                 tell(None)

@@ -1,4 +1,4 @@
-"""`Wanted`: something that is wanted of an image, between its submission and its outcome."""
+"""`Wanted`: an output requested for an image, from its submission to its outcome."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from pipeline.endpoint.batch_requests import Ask, Outcome
 
 MAX_BREAKS = 3
-"""A text is sent alone after this many answers that broke off or were out of time, or at once when it is
-refused with others. After as many answers alone, it fails."""
+"""A text is sent alone after this many answers that broke off or timed out, or as soon as it is refused
+together with others. After as many answers alone, it fails."""
 
 
 @dataclass(eq=False)
 class Wanted:
-    """Something that is wanted of an image. Its future ends once: the first thread to end it counts."""
+    """An output requested for an image. Its future ends once: the first thread to end it counts."""
 
     image: np.ndarray
     ask: Ask

@@ -1,7 +1,7 @@
 """Shards as a Ray Data source: one read task per shard, or per group of shards when there are many.
 
-All that a task reads is fixed when the datasource is made. Ray may run a task again to restore lost
-blocks and then needs the same blocks, so a task decides nothing by itself.
+What a task reads is fixed when the datasource is made. Ray may run a task again to restore lost blocks and
+then needs the same blocks, so a task decides nothing by itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
 from pipeline.inputs.stamps import read_unchanged
 
 MAX_READ_TASKS = 2000
-"""Each task costs the driver milliseconds before the first row is read. With more tasks, one that runs again
-repeats fewer shards."""
+"""Each task costs the driver milliseconds before the first row is read. On the other hand, a task that runs
+again repeats fewer shards if there are more tasks."""
 MAX_TASK_FILES = 50_000
 """Ray warns of tasks above 1 MiB; the slice of a folder names each of its files."""
 

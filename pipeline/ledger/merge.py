@@ -1,8 +1,8 @@
 """Merge the rows of a shard from many pieces, in row order, in little memory.
 
-A piece is a fragment, a few small ones, or a row group of the file that the shard has already. The first
-pass over the pieces reads which rows they hold; it needs some 60 bytes a row. The second pass reads the
-pieces again as their rows come up, and yields the rows of one row group at a time.
+A piece is a fragment, several small fragments, or a row group of the shard's existing file. The first pass
+reads which rows the pieces hold; it needs about 60 bytes a row. The second pass reads each piece again when
+its rows are due, and yields the rows of one row group at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 HELD_BYTES = 64 << 20
 """Pieces of up to this size are kept from one pass, and from one row group, to the next."""
 JOINED_BYTES, JOINED_PIECES = 4 << 20, 64
-"""Small pieces that follow each other are one up to this size and number: a table needs 20 kB of memory,
+"""Small pieces that follow each other are joined up to this size and number: a table needs 20 kB of memory,
 however few rows it has (pyarrow 26)."""
 ROW_GROUP_BYTES = 32 << 20
 MAX_ROW_GROUP_ROWS = 65_536
@@ -44,7 +44,7 @@ Piece = Callable[[], "pa.Table | None"]
 
 
 class PieceGone(Exception):
-    """Another process has deleted a piece, or begun the shard again: it commits the shard, or has done so."""
+    """Another process has deleted a piece or begun the shard again, and commits the shard itself."""
 
 
 class Merge:
@@ -54,7 +54,7 @@ class Merge:
         pieces: in any order.
 
     Raises:
-        PieceGone: a piece is no longer there. Without it, a failed row would stand for an ok one.
+        PieceGone: a piece is no longer there. Without it, a failed row could replace an ok one.
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:

@@ -1,6 +1,6 @@
 """Which rows of a finished run `retry` runs again: those that are not ok, or those that are chosen.
 
-What a partial shard lacks is read again with its rows.
+The missing rows of a partial shard are read again as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.storage.folder import Folder
 from pipeline.storage.retrying_file import read_file
 
 WHOLE = ((0, None),)
-"""What is missing of a shard that must be read from its beginning to its unknown end."""
+"""The missing rows of a shard that must be read from its beginning to its unknown end."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RowChoice:
 
     @property
     def is_all(self) -> bool:
-        """Whether all rows that are not ok are chosen, and so what partial shards lack."""
+        """Whether all rows that are not ok are chosen, including those that partial shards lack."""
         return not self.statuses and self.keys is None
 
     def concerns(self, summary: Summary) -> bool:
@@ -73,7 +73,7 @@ def read_keys(path: str) -> frozenset[str]:
         ValueError: the file cannot be read, is not UTF-8, or has no key.
     """
     try:
-        content = read_file("keys", path).decode("utf-8-sig")  # which some editors write
+        content = read_file("keys", path).decode("utf-8-sig")  # some editors write the byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"keys must be a UTF-8 file with one key a line, got {path}: {error}") from None
     lines = content.replace("\r\n", "\n").split("\n")  # Keys may hold other line ends.
@@ -110,7 +110,7 @@ def _others(folder: Folder, choice: RowChoice, summary: Summary) -> RowSet:
 
 
 def describe_work(left: Sequence[ShardProgress], choice: RowChoice) -> str:
-    """Say how many rows are run again; of a shard that is read from its beginning, nobody knows how many."""
+    """Say how many rows are run again; it is not known for shards that are read from their beginning."""
     works = [progress.work.missing for progress in left]
     spans = [span for missing in works if missing != WHOLE for span in missing]
     num_whole = works.count(WHOLE)

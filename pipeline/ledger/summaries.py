@@ -1,8 +1,8 @@
-"""Summaries of finished shards, kept a thousand to a file, so that nobody must open every finished file.
+"""Summaries of finished shards, kept a thousand to a file, so that not every finished file must be opened.
 
-The footer of a shard's file has the same summary, and decides. A kept summary counts as long as the file is
-the one that it is about: it has the same size, and was written at the same time. A commit does not know that
-time; then the file must not have been written after the summary.
+The footer of a shard's file has the same summary, and decides. A kept summary counts as long as the file has
+the size and the time of writing that it states. A commit does not know that time; its summary counts unless
+the file was written after it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.storage.folder import Folder, WrittenFile
 
 SUMMARIES_PER_FILE = 1000
 MAX_SPARE_FILES = 8
-"""With more files of summaries than this beyond those that are needed, all are written again."""
+"""With more spare files of summaries than this, all are written again."""
 
 
 def keep_summaries(folder: Folder, summaries: Iterable[Summary]) -> list[str]:
@@ -51,7 +51,7 @@ def load_summaries(
     """Return the summaries of finished shards; those that were not kept are read from the footers.
 
     Args:
-        state: the output as a listing has shown it.
+        state: a listing of the output.
         shards: names of finished shards.
 
     Returns:
@@ -94,7 +94,7 @@ def without_outdated(folder: Folder, state: OutputState, generations: Mapping[st
 def tidy_summaries(
     folder: Folder, state: OutputState, summaries: Sequence[Summary], unkept: Set[str]
 ) -> None:
-    """Keep the summaries of a run that are not kept yet; write all again when they are in too many files.
+    """Keep the summaries of a run that are not kept yet; write all again if they are in too many files.
 
     Args:
         state: the listing for which the summaries were loaded.
@@ -124,7 +124,7 @@ def _load_kept(folder: Folder, state: OutputState) -> dict[str, Summary]:
 
 
 def _unpack(content: bytes | None) -> list[dict[str, Any]]:
-    """Return what a file keeps; nothing if it is gone or damaged, as the footers say the same."""
+    """Return the summaries in a file; none if it is gone or damaged, because the footers have the same."""
     try:
         return json.loads(gzip.decompress(content)) if content else []
     except (BadGzipFile, EOFError, zlib.error, ValueError):

@@ -43,10 +43,10 @@ def sweep(
     A finished shard with fragments is committed again: a straggler or a retry wrote them after its file.
 
     Args:
-        state: the output as a listing has shown it.
+        state: a listing of the output.
         commit: commits a shard.
-        is_slice: whether `run` has only the shards of a slice. Then other drivers may be writing: no file is
-            deleted that may be theirs.
+        is_slice: whether `run` has only the shards of a slice. Then other drivers may be writing, and no file
+            that may be theirs is deleted.
 
     Returns:
         What a listing would show now.
@@ -74,7 +74,7 @@ def sweep(
 def _is_of_run(folder: Folder, shard: str, run: Run) -> bool:
     """Return whether a run has written the file of a shard, under this name.
 
-    A late worker may commit a part of a table after the table was begun again and has other parts since.
+    A late worker may commit a part of a table after the table was begun again and divided into other parts.
     """
     try:
         metadata = folder.read(output_name(shard), lambda file: pq.read_metadata(file).metadata or {})
@@ -84,7 +84,7 @@ def _is_of_run(folder: Folder, shard: str, run: Run) -> bool:
 
 
 def _move_old_reports(folder: Folder, state: OutputState, shards: Set[str]) -> OutputState:
-    """Put reports of these shards that version 0.1.0 has stored next to the fragments."""
+    """Move reports of these shards that version 0.1.0 stored to where the fragments are."""
     reports = (state.shard_reports[shard] for shard in state.shard_reports.keys() & shards)
     old = [name for name in reports if name.startswith(f"{OLD_SHARD_REPORTS}/")]
     moved = {}
@@ -123,7 +123,7 @@ def _after_commits(
     fragments = {shard: found for shard, found in state.fragments.items() if shard not in names}
     reports = {shard: name for shard, name in state.shard_reports.items() if shard not in names}
     for summary in committed:
-        if not summary.complete:  # Rows past its end stay, and the report of a change.
+        if not summary.complete:  # Rows past its end and the report of a change stay.
             left = list_shard_files(folder, summary.shard, summary.generation)
             fragments |= {summary.shard: left.fragments} if left.fragments else {}
             reports |= {summary.shard: left.report} if left.report else {}

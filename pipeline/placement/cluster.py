@@ -1,4 +1,4 @@
-"""`Cluster`: the nodes that a Ray has now, and those that its autoscaler may add."""
+"""`Cluster`: the nodes that Ray has now, and those that its autoscaler may add."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.placement.node_types import NodeType, autoscaler_node_types
 from pipeline.progress import count
 
 HIDDEN = ("node:", "memory", "object_store_memory")
-"""Begin the names of resources that messages leave out."""
+"""Prefixes of resources that messages leave out."""
 NODE_TYPE = "ray.io/node-group"
 """Label with the node type of a node that the autoscaler has started."""
 
@@ -29,13 +29,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a Ray has and may get; nothing in it is fixed while a job runs."""
+    """The nodes that Ray has and may get; all of this may change while a job runs."""
 
     nodes: tuple[Node, ...]
     node_types: tuple[NodeType, ...] | None = ()
     """What the autoscaler may start; None if that cannot be found out."""
     is_local: bool = True
-    """Whether this process has started the Ray; such a Ray never gets more nodes."""
+    """Whether this process started Ray; then it never gets more nodes."""
 
     @property
     def kinds(self) -> list[Node | NodeType]:
@@ -60,7 +60,7 @@ class Cluster:
         return max((kind.resources.get(resource, 0.0) for kind in chosen), default=0.0)
 
     def fitting(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
-        """Return how many workers fit at the same time, on the nodes that the autoscaler may add too.
+        """Return how many workers fit at the same time, including on nodes that the autoscaler may add.
 
         Args:
             resources: what each worker reserves.
@@ -132,7 +132,7 @@ def _listed(resources: Iterable[Mapping[str, float]]) -> str:
 
 
 def look_at_cluster() -> Cluster:
-    """Describe the Ray to which this process is connected."""
+    """Describe the cluster to which this process is connected."""
     from ray._private import worker
 
     nodes = nodes_alive()
@@ -143,7 +143,7 @@ def look_at_cluster() -> Cluster:
 
 
 def nodes_alive() -> tuple[Node, ...]:
-    """Return the nodes of the Ray to which this process is connected."""
+    """Return the nodes of the cluster to which this process is connected."""
     return tuple(
         Node(node["Resources"], node.get("Labels") or {}, node["NodeID"])
         for node in ray.nodes()

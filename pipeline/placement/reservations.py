@@ -1,8 +1,8 @@
 """What each stage reserves in Ray, and how many workers it may have.
 
 The rule: reading, decoding and captioning must fit into the cluster at the same time, or no row moves. A job
-therefore runs on two cores as well as on a cluster. Nothing is sized by what a cluster has at the start if it
-may grow: without a limit of the user, pools take what nodes offer, and the autoscaler sees what they ask for.
+therefore runs on two cores as well as on a cluster. If a cluster may grow, nothing is sized by what it has at
+the start: without a limit by the user, pools take what nodes offer, and the autoscaler sees their demand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pipeline.placement.cluster import Cluster
 from pipeline.settings.placement import Placement
 
 CPU_CAPTION_SHARE = 0.6
-"""Share of a cluster's node that captioning reserves on CPUs, so that one such actor fits on each node."""
+"""Share of a node's CPUs that a captioning actor without an accelerator reserves, so that one fits on each
+node."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,15 @@ class Reservations:
     """Threads of the engine on CPUs; None on accelerators. Without this, Ray limits the threads of a worker
     to the number of whole CPUs that it reserves."""
     max_block_bytes: int | None
-    """Maximum size of a block of rows in memory; None if nobody knows the size of the object stores."""
+    """Maximum size of a block of rows in memory; None if the size of the object stores is unknown."""
 
 
 MIN_OPEN_SHARDS = 2
 """Shards read at the same time on one machine; on more CPUs, one per CPU. Ray keeps that many idle workers;
 more shards at a time would start new processes."""
 BLOCKS_PER_STORE = 32
-"""Blocks that the smallest object store of a node must hold. Each of eight captioning calls has one, more
-wait for them, and Ray begins to write blocks to disk when a store is 80 % full."""
+"""Blocks that the smallest object store of a node must hold: each of eight captioning calls has one, others
+wait, and Ray begins to write blocks to disk when a store is 80 % full."""
 BYTES_PER_WORKER = 16 << 20
 """Input that is worth another process on one machine: starting one takes as long as decoding this much."""
 
@@ -101,7 +102,7 @@ def reserve(
 
     Args:
         num_shards: shards that are still to do.
-        num_bytes: what is to be read and decoded of them; None if that is not known.
+        num_bytes: bytes of them that are to be read and decoded; None if unknown.
 
     Raises:
         RefusedByCluster: no node that is alive, or that the autoscaler may start, has what a stage needs.
@@ -153,7 +154,7 @@ def _share(cluster: Cluster, labels: Mapping[str, str]) -> float:
 
 
 def _node_cpus(cluster: Cluster, labels: Mapping[str, str]) -> float:
-    """Return the cores of the largest node that label selectors choose; of all nodes if none is known."""
+    """Return the cores of the largest node that label selectors choose, or of any node if none is known."""
     return max(1.0, cluster.largest("CPU", labels) or cluster.largest("CPU"))
 
 
@@ -177,10 +178,10 @@ def _on_cpus(caption: Reservation, placement: Placement, cluster: Cluster) -> tu
 
 
 def accelerators_of(placement: Placement, cluster: Cluster, engine: EngineBuilder) -> dict[str, float]:
-    """Return what an actor takes, by its name in Ray; empty for CPUs.
+    """Return the accelerators of a captioning actor, by their names in Ray; empty on CPUs.
 
-    On a cluster accelerators are wanted unless the engine is to run on CPUs, whether or not a node with one
-    is alive. On one machine the engine takes what is there.
+    On a cluster an actor takes accelerators unless its engine must run on CPUs, even if no node with one is
+    alive yet. On one machine the engine takes what is there.
     """
     named = placement.accelerators
     if named is not None:
@@ -199,7 +200,7 @@ def accelerators_of(placement: Placement, cluster: Cluster, engine: EngineBuilde
 def _require_offered(cluster: Cluster, read: Reservation, decode: Reservation, caption: Reservation) -> None:
     """Raise RefusedByCluster if a stage needs what no node has or will have: it would wait for ever.
 
-    Cores alone are sized by the nodes: only a cluster without any lacks them, whose nodes are yet to join.
+    Reservations of cores alone always fit, because they are sized by the nodes.
     """
     stages = (
         ("a captioning actor", "--caption-label", caption),
@@ -223,7 +224,7 @@ def _require_offered(cluster: Cluster, read: Reservation, decode: Reservation, c
 
 
 def fit(placement: Placement, num_fitting: int, cluster: Cluster) -> Placement:
-    """Return a placement with at most `num_fitting` actors at the start, and for good if nothing can grow."""
+    """Return a placement with at most `num_fitting` actors at the start, and later if no node can join."""
     min_actors, max_actors = min(placement.min_actors, num_fitting), placement.max_actors
     if not cluster.node_types:
         max_actors = num_fitting if max_actors is None else min(max_actors, num_fitting)

@@ -1,4 +1,4 @@
-"""Look at input and output from the nodes, before an accelerator is asked for.
+"""Check input and output from the nodes, before an accelerator is requested.
 
 A path that the driver sees need not exist on other nodes, or may be another disk there. Its images would be
 captioned and lost, or count as shards without rows.
@@ -28,10 +28,10 @@ from pipeline.watch.waiting import Say, wait_for
 MAX_SAMPLE = 8
 """Files of the input that each node opens."""
 MAX_NODES = 16
-"""Nodes that look; those of a cluster are alike."""
+"""Maximum number of nodes that check; the nodes of a cluster are alike."""
 REMEDY = "give a URI such as s3:// or gs://, or a folder that is mounted on every node"
 ANSWER_S = 60.0
-"""How long nodes may take together; one that does not answer has been lost, and is not asked again."""
+"""How long all nodes together may take; one that does not answer is lost, and is not asked again."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def refuse_relative(name: str, places: Sequence[str]) -> None:
     """Raise ValueError if a submitted job names a path that is relative to its working folder.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         places: paths and URIs.
     """
     if SUBMITTED not in os.environ:
@@ -70,13 +70,13 @@ def refuse_relative(name: str, places: Sequence[str]) -> None:
 def check_storage(
     folder: Folder, shards: Sequence[Shard], cluster: Cluster, read: Reservation, say: Say
 ) -> None:
-    """Refuse an output that a node does not share, and an input of which a reading node opens no file.
+    """Refuse an output that a node does not share, and an input whose files a reading node cannot open.
 
     Args:
         folder: the output.
         shards: those that are to be read; a sample of them is opened.
         read: what a read task reserves.
-        say: hears what is awaited.
+        say: prints what the job waits for.
 
     Raises:
         RefusedByCluster: a node does not see what it needs; nothing is written.
@@ -122,7 +122,7 @@ def _sights(
 
 
 def _sight(answer: Any) -> Sight | None:
-    """Return what a node sees, or None if it cannot say, as it was lost meanwhile."""
+    """Return what a node sees, or None if it was lost meanwhile."""
     try:
         return ray.get(answer)
     except ray.exceptions.RayError:
@@ -130,7 +130,7 @@ def _sight(answer: Any) -> Sight | None:
 
 
 def look_at_storage(folder: Folder, proof: str, sample: Sequence[Shard]) -> Sight:
-    """Look from this node, and write only where the driver's file is seen.
+    """Look from this node, and write only if the driver's file is there.
 
     Args:
         proof: name of the driver's file in the output.

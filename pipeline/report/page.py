@@ -120,7 +120,7 @@ def _card_texts(row: Mapping[str, Any]) -> Iterator[Text]:
 
 
 def _card_values(row: Mapping[str, Any], scores: Mapping[str, str]) -> dict[str, float]:
-    """Return the numbers by which the sheet sorts; those of histograms are rounded as the bars are."""
+    """Return the numbers by which the sheet sorts; those in histograms are rounded like the bars."""
     logprob = row.get("logprob")
     values = {"logprob": logprob, "tokens": row.get("num_tokens"), "likely": _bar(logprob, LOGPROB_DIGITS)}
     if row["width"] is not None:

@@ -58,7 +58,7 @@ class FinishedRows:
 
     @property
     def unfinished(self) -> str | None:
-        """Return how many shards of the run have no file yet, in words; None if all have one."""
+        """How many shards of the run have no file yet, in words; None if all have one."""
         total = len(self.run.shards)
         left = total - len(self.shards)
         has = "has" if left == 1 else "have"
@@ -88,7 +88,7 @@ def schema_of(folder: Folder, shard: str) -> pa.Schema:
 def tables_of(folder: Folder, shard: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Yield the rows of one finished shard in order, a row group at a time.
 
-    A kept column of UUIDs is one of texts, and one of JSON too: Arrow neither sorts nor writes these types.
+    Kept columns of UUIDs and of JSON become text: Arrow neither sorts nor writes these types.
 
     Args:
         columns: names of the columns to read; default: all. A column that the file lacks is left out.
@@ -101,7 +101,7 @@ def tables_of(folder: Folder, shard: str, columns: Sequence[str] | None = None) 
 
 
 def rows_in(tables: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of tables; a few at a time become Python objects."""
+    """Yield the rows of tables, of which only a few at a time are Python objects."""
     for table in tables:
         for batch in table.to_batches(max_chunksize=BATCH_ROWS):
             yield from batch.to_pylist()
@@ -138,7 +138,7 @@ def is_own_column(name: str) -> bool:
 
 
 def short_value(value: Any, max_chars: int | None = MAX_VALUE_CHARS) -> str:
-    """Return a value of a row on one line: of lists and bytes only the size, of long texts the beginning."""
+    """Return a value of a row on one line: the size of lists and bytes, and the beginning of long texts."""
     if isinstance(value, (list, bytes)):
         return f"{len(value):,} {'bytes' if isinstance(value, bytes) else 'values'}"
     text = one_line(f"{value:.4g}" if isinstance(value, float) else str(value))

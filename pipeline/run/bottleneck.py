@@ -24,7 +24,7 @@ class Machines:
     """Number of workers, by stage."""
 
     def remedy(self, stage: str) -> str:
-        """Return what makes a stage faster. More workers are advised only if there is something to run on."""
+        """Return what makes a stage faster. More workers are advised only if there is hardware for them."""
         workers = round(self.num_workers.get(stage, 1))
         if stage == "caption" and workers < self.num_accelerators:
             return f"more captioning actors (--max-actors, up to {self.num_accelerators:,.0f}) would help"
@@ -43,7 +43,7 @@ class Machines:
 
 
 class Existences:
-    """Ends the existence of workers that are gone; the coordinator takes them for idle ones."""
+    """Stops the clocks of workers that are gone; the coordinator takes them for idle ones."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, str], WorkerLoad] = {}
@@ -51,7 +51,7 @@ class Existences:
     def end(
         self, loads: Mapping[str, Mapping[str, WorkerLoad]], at_work: Collection[str]
     ) -> dict[str, dict[str, WorkerLoad]]:
-        """Return the loads; those of workers that are gone stay as they were when these were first missed.
+        """Return the loads; the load of a worker that is gone stays as it was when it was first missed.
 
         Args:
             loads: by stage and worker.

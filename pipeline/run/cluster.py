@@ -27,7 +27,7 @@ QUIET = (
     "raised in its creation task|retries remaining|infeasible resource requests|Raylet is terminated"
     "|has been marked dead"
 )
-"""What Ray says on the terminal of every driver, and the job says in its own words."""
+"""Messages of Ray on the terminal of every driver, which the job says in its own words."""
 
 
 _worker_level: str | None = None
@@ -53,12 +53,12 @@ def set_ray_environment() -> None:
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if is_cluster():
         return
-    # Ray's processes warn and would end, and so does Ray here.
+    # If warnings are errors, those of Ray's processes end them, and those of Ray here end this one.
     rules = os.environ.get("PYTHONWARNINGS", "").split(",")
     if any(rule.startswith("error") for rule in rules):
         os.environ["PYTHONWARNINGS"] = ",".join(rule for rule in rules if not rule.startswith("error"))
         warnings.filterwarnings("default", module=r"ray(\.|$)")
-    # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
+    # With this setting, Ray takes 127.0.0.1 as its address and listens only there, on Linux too.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -66,7 +66,7 @@ def set_ray_environment() -> None:
 
 
 def choose_log_level(level: str) -> None:
-    """Let the workers of jobs log as JSON from this level on, as `--log-level` asks for it."""
+    """Have the workers of jobs log as JSON from this level on, as `--log-level` asks."""
     global _worker_level
     _worker_level = level.upper()
 
@@ -78,12 +78,12 @@ def is_cluster() -> bool:
 
 @contextmanager
 def connected(run_id: str = "") -> Iterator[Cluster]:
-    """Be connected to Ray inside the block: by a connection that exists, to RAY_ADDRESS, or to a new cluster.
+    """Connect to Ray for the block: by an existing connection, to RAY_ADDRESS, or to a new cluster.
 
     A connection or a cluster that was made for the block ends with it.
 
     Args:
-        run_id: goes into the metadata of the job in Ray, where its processes and the dashboard find it.
+        run_id: stored in Ray's metadata of the job, where its processes and the dashboard find it.
 
     Raises:
         RayStartFailed: Ray does not start, or the cluster cannot be reached.
@@ -102,7 +102,7 @@ def connected(run_id: str = "") -> Iterator[Cluster]:
         job_config = JobConfig() if address else OurPackagesFirst()
         job_config.set_metadata(RUN_ID, run_id)
         if _worker_level is not None:
-            # Only of the workers: as an argument of `ray.init` it would change the log of this process too.
+            # For the workers only: as an argument of `ray.init` it would change the log of this process too.
             config = ray.LoggingConfig("JSON", _worker_level, additional_log_standard_attrs=["name"])
             job_config.set_py_logging_config(config)
         quietly = nullcontext() if address else without_idle_processes()
@@ -190,12 +190,12 @@ def _require_listener(address: str) -> None:
 
 
 def _asks_for_token(error: BaseException) -> bool:
-    """Return whether a cluster has refused the token; Ray says so in the text of a cause alone (Ray 2.60)."""
+    """Return whether a cluster has refused the token; only the text of a cause says so (Ray 2.60)."""
     return any(TOKEN_REFUSED in str(cause) for cause in (error, error.__cause__))
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first sentence of an error of Ray; of two versions that differ, both."""
+    """Return the first line of an error of Ray; the whole text if two versions differ."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Version mismatch"):
         return " ".join(lines)
@@ -248,7 +248,7 @@ def _silent_stderr() -> Iterator[None]:
 
 @contextmanager
 def _importing_ray_data() -> Iterator[None]:
-    """Import Ray Data inside the block, which waits for Ray's processes and leaves the time for it."""
+    """Import Ray Data in a thread during the block, which mostly waits for Ray's processes."""
     importing = Thread(target=import_module, args=("ray.data",), daemon=True)
     importing.start()
     try:

@@ -24,7 +24,7 @@ from pipeline.stages.storage_trouble import tell_coordinator
 CPUS_PER_COMMITTER = 4
 MAX_COMMITTERS = 8
 MAX_STARTS = 10
-"""A commit during which its process has died as often would kill the next one too, without end."""
+"""Starts of one commit; if its process died each time, it would also kill the next one, without end."""
 MAX_WAITING = 32
 """With more commits under way, the driver waits for some of them."""
 
@@ -71,7 +71,7 @@ class Committers:
         self._keep_at = SUMMARIES_PER_FILE
 
     def resize(self) -> None:
-        """Have as many actors as the nodes that are alive have CPUs for; let those go that are too many.
+        """Start or release actors, so that their number fits the CPUs of the nodes that are alive.
 
         An actor without a handle ends after its commits.
         """
@@ -83,7 +83,7 @@ class Committers:
             self._actors.popleft()
 
     def close(self) -> None:
-        """End the actors, because Ray may live on."""
+        """End the actors, because Ray may outlive the job."""
         for actor in self._actors:
             ray.kill(actor)
 
@@ -113,7 +113,7 @@ class Committers:
         if self._under_way:
             number = len(self._under_way)
             done, _ = ray.wait(self._under_way, num_returns=1, timeout=wait_s)
-            if done and number > 1:  # those that are done as well
+            if done and number > 1:  # also take the others that are done
                 done, _ = ray.wait(self._under_way, num_returns=number, timeout=0)
             self._under_way = [commit for commit in self._under_way if commit not in set(done)]
             self._summaries += filter(None, ray.get(done))

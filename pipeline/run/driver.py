@@ -35,9 +35,9 @@ from pipeline.watch.members import Members
 STEP_S = 0.2
 """How long one step waits for receipts."""
 CHECK_EVERY_S = 1.0
-"""Seconds between two visits to the coordinator."""
+"""Seconds between two questions to the coordinator."""
 FLUSH_S = 5.0
-"""How long running calls may write finished rows after a signal. They look for it about every two seconds."""
+"""How long running calls may write finished rows after a signal, which they notice within about 2 s."""
 COMMIT_S = 2.0
 """How long commits may take after that; the next start commits the others."""
 
@@ -51,9 +51,9 @@ class Driver:
       committed (for at most `COMMIT_S`), and `StoppedBySignal` is raised. A second SIGINT (Ctrl-C) ends the
       process at once.
     - Most rows fail: the same, with `TooManyFailures`.
-    - Ray gives up on a stage or a commit: what can be committed is, and `Stopped` names the cause.
+    - Ray gives up on a stage or a commit: complete shards are committed, and `Stopped` names the cause.
     - A device has failed several times: the same as with a signal, with `DeviceLeftOut`.
-    - An endpoint refuses the key for long: the same, with `Stopped`.
+    - An endpoint keeps refusing the key: the same, with `Stopped`.
     - Another driver has taken the lease: `OutputInUse` is raised at once.
 
     In each case finished work stays in the output, and the same command resumes it.
@@ -94,7 +94,7 @@ class Driver:
             ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         )
         self._committers = Committers(job, self._coordinator)
-        # A retry runs rows that have failed before: most of them may well fail again.
+        # A retry runs rows that failed before; most of them may fail again.
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
         self._rate = Rate()
         self._snapshot: ProgressSnapshot | None = None
@@ -128,7 +128,7 @@ class Driver:
                     self._stop_if_needed(stream)
                 self._commit_rest(stream)
             except ray.exceptions.RayError as error:
-                # The first error says more than one that follows from it.
+                # An error here would only follow from the first one, which says more.
                 with contextlib.suppress(ray.exceptions.RayError, OSError):
                     self._flush(stream)
                 self._console.fail(f"logs of this machine's workers: {log_folder()}")
@@ -182,7 +182,7 @@ class Driver:
         SHARDS.set(len(self._job.part.shards) - num_open - num_committing, {"state": "done"})
 
     def _say_start(self, news: News) -> None:
-        """Say what the workers do until the first row is there: the phase that the last of them has begun."""
+        """Say what the workers do until the first row is there: the phase that was begun last."""
         if self._tracker.num_rows:
             return
         if news.loads.get("caption"):
@@ -191,7 +191,7 @@ class Driver:
             self._console.phase(news.starting[-1])
 
     def _say_trouble(self, trouble: str | None) -> None:
-        """Say once that a store fails, and once that it works again; between, the progress says it."""
+        """Say once that a store fails, and once that it works again; the progress shows it in between."""
         if trouble and not self._trouble:
             self._console.warn(f"{trouble}; the job goes on when it works again")
         if self._trouble and not trouble:
@@ -200,15 +200,15 @@ class Driver:
 
     def _commit(self) -> None:
         """Start commits of the shards that are complete now, and collect those that are done."""
-        if self._lease.is_certain:  # Else another driver may have begun these shards again.
+        if self._lease.is_certain:  # Otherwise another driver may have begun these shards again.
             for report in self._tracker.take_complete():
                 self._committers.start(report)
         self._committers.collect(STEP_S if self._committers.are_behind else 0.0)
 
     def _commit_rest(self, stream: ReceiptStream) -> None:
-        """Commit every complete shard, however long the output fails; a signal ends it.
+        """Commit every complete shard, however long the output fails; only a signal ends the wait.
 
-        While the lease is not certain no commit begins; the sweep makes those after it has looked.
+        No commit begins while the lease is not certain; the final sweep makes up for those.
         """
         self._check()
         unread = self._tracker.without_report()
@@ -247,8 +247,8 @@ class Driver:
     def _flush(self, stream: ReceiptStream) -> None:
         """Let running calls write the rows they have finished, and commit what is complete.
 
-        Workers give up on a store that fails. What is not written then is made again by the next start, and
-        the next start reads the reports and commits the shards that are missing now.
+        Workers give up on a store that fails. The next start makes again what was not written, reads the
+        reports, and commits the shards that are missing now.
         """
         ray.get(self._coordinator.stop.remote())
         deadline = time.monotonic() + FLUSH_S
@@ -293,7 +293,7 @@ class Driver:
 
 @contextmanager
 def _killed_after(actor: Any) -> Iterator[None]:
-    """Kill an actor at the end of the attempt, because Ray may live on."""
+    """Kill an actor at the end of the block, because Ray may outlive the attempt."""
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """Why a job ends before its work is done.
 
-When Ray gives up, a person reads the cause alone, without tracebacks and without Ray's advice.
+When Ray gives up, the message gives only the cause, without tracebacks and without Ray's advice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OURS = ("ValueError", "OSError", "InputError", "EngineFault")
 
 
 def end_named_by(news: News) -> Stopped | None:
-    """Return the error with which a job must end after what its workers have told; None if it can go on."""
+    """Return the error that must end a job after news of its workers; None if it can go on."""
     for failure in news.failures:
         if failure.is_last:
             return DeviceLeftOut(failure.device)

@@ -45,7 +45,7 @@ class Job:
     is_revised: bool = False
     """Whether `run` has other shards or settings than its stored record."""
     notes: tuple[str, ...] = ()
-    """What a person must know of the input, said at the start."""
+    """What a person must know about the input; said at the start."""
 
     @property
     def run_slice(self) -> RunSlice | None:
@@ -61,7 +61,7 @@ class Job:
         return self.run.with_shards(shard for shard in self.run.shards if part.has(shard.name))
 
     def with_answer(self, answer: WorkerAnswer) -> Job:
-        """Return a new job with the model as the first captioning worker has found it."""
+        """Return the job with the model as the first captioning worker describes it."""
         info = answer.info
         fingerprint = self.settings.fingerprint(info)
         run = replace(self.run, fingerprint=fingerprint, quantization=answer.quantization)
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def metadata(self) -> dict[bytes, bytes]:
-        """What the footer of every file says about the run."""
+        """The run's metadata in the footer of every file."""
         fingerprint = self.run.fingerprint
         return {
             FINGERPRINT_KEY: fingerprint.digest.encode(),
@@ -87,7 +87,7 @@ class Job:
     def empty_schema(self) -> pa.Schema:
         """The schema of a shard without rows."""
         outputs = self.settings.outputs
-        # Runs of version 0.1.0 do not know the types of kept columns.
+        # Runs of version 0.1.0 did not store the types of kept columns.
         kept = self.run.kept or [pa.field(name, pa.null()) for name in self.settings.reading.kept]
         has_member = self.settings.reading.schema_version > 1
         return output_schema(kept, outputs.fields, outputs.caption, has_member)

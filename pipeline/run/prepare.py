@@ -49,7 +49,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             or was begun with other settings; the message says what to do.
     """
     stop_at = stop_time(settings.deadline)
-    # Every new settings object looks at its deadline, which comes nearer meanwhile.
+    # Every new settings object checks its deadline, which may pass meanwhile.
     settings = dataclasses.replace(settings, deadline=None)
     refuse_relative("input", settings.input)
     refuse_relative("output", [settings.output])
@@ -131,7 +131,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
 
 
 def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, ModelInfo]:
-    """Return the engine with what its run has recorded of its device and its commit, and its model.
+    """Return the engine, with the device and commit that its run has recorded, and its model.
 
     The driver of a cluster does not caption, and may lack the device.
     """
@@ -146,7 +146,7 @@ def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, Mo
 
 
 def _in_any_dtype(engine: EngineBuilder) -> list[ModelInfo]:
-    """Return the model as this machine finds it, and in the other dtypes if that is left open."""
+    """Return the model as this machine describes it, and in the other dtypes if the dtype is left open."""
     _, info = _describe(engine, None)
     others = ("float32", "bfloat16", "float16") if leaves_dtype_open(engine) else ()
     return [info, *(dataclasses.replace(info, dtype=dtype) for dtype in others if dtype != info.dtype)]
@@ -157,7 +157,7 @@ def _continues(run: Run, settings: CaptionSettings, info: ModelInfo) -> bool:
 
 
 def _find_fork(settings: CaptionSettings, ledger: Ledger, infos: Sequence[ModelInfo]) -> str:
-    """Return the URI of the fork that the same command has begun before, or of one that is to begin.
+    """Return the URI of the fork that the same command began before, or of a new one.
 
     It is named by its fingerprint, so that the same command resumes the same fork.
 
@@ -173,7 +173,7 @@ def _find_fork(settings: CaptionSettings, ledger: Ledger, infos: Sequence[ModelI
 
 
 def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, takes_new: bool = False) -> Job:
-    """Return a job whose run has begun, on the shards that its input has now.
+    """Return a job of an existing run, with the shards that its input has now.
 
     Raises:
         InputError: a shard has changed, and `redo_changed` is False; or the input cannot be listed, and
@@ -191,7 +191,7 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
             flag = "--redo-changed" if redo_changed else "--add-new"
             raise InputError(f"{note}; restore the input, or leave out {flag} to go on without it") from error
         return dataclasses.replace(job, ledger=ledger, notes=(note,))
-    # A retry reads partial shards again: of a repaired file, all rows are made again.
+    # A retry reads partial shards again: all rows of a repaired file are made again.
     if not (redo_changed or (job.is_retry and ledger.are_partial(changes.changed))):
         changes.require_unchanged()
     shards, redone = redo(changes, job.settings.read_options)
@@ -208,7 +208,7 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
         ledger=ledger.of(run),
         run=run,
         redone=redone,
-        # The slices would write one record at the same time; only stamps can differ.
+        # Slices do not revise: they would write one record at the same time, and only stamps can differ.
         is_revised=run != job.run and job.run_slice is None,
         notes=tuple(changes.lines(is_start=True, is_added=takes_new)),
     )
@@ -255,6 +255,6 @@ def _check_output(ledger: Ledger, listing: Listing) -> None:
 
 
 def _check_begun_output(ledger: Ledger) -> None:
-    """Refuse an output with a run where no heartbeat could replace the one before; older versions took it."""
+    """Refuse an output in which a heartbeat cannot replace the one before; older versions accepted it."""
     if ledger.folder.moves_files:
         ledger.folder.require_writable()

@@ -96,7 +96,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
 
 
 def _begin_or_join(job: Job) -> Job:
-    """Begin a run, or join it if another driver has begun it since the job was prepared, or does so now.
+    """Begin a run, or join it if another driver has begun it since the job was prepared.
 
     Raises:
         FingerprintMismatch: it has other settings.
@@ -111,7 +111,7 @@ def _begin_or_join(job: Job) -> Job:
 
 
 def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Console) -> Job:
-    """Refuse what the cluster cannot run or does not see, and ask it what only its workers know.
+    """Refuse a job that the cluster cannot run, and ask a worker what only workers know.
 
     Raises:
         RefusedByCluster: no node has, or will have, what the job needs; nothing is written.
@@ -132,7 +132,7 @@ def _begin(
     """Write what this start changes, and commit what is complete.
 
     Args:
-        state: the output as the lease was taken.
+        state: the output when the lease was taken.
 
     Returns:
         The job with its run, and the output as it is now.
@@ -162,7 +162,7 @@ def _drive(
     console: Console,
     attempt: AttemptRecorder,
 ) -> None:
-    """Drive what is left. When an accelerator is broken, go on with the others."""
+    """Drive what is left. If an accelerator is broken, go on with the others."""
     from pipeline.run.driver import Driver  # imports Ray Data, which `connected` has done meanwhile
 
     held: list[Any] = []
@@ -192,7 +192,7 @@ def _drive(
 
 @contextmanager
 def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
-    """Say when requests of the driver itself fail, and give them up after a signal."""
+    """Say when the driver's own requests fail, and give them up after a signal."""
     said = 0.0
 
     def say(trouble: Trouble | None) -> bool:
@@ -213,7 +213,7 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
 
 @contextmanager
 def _total_said(console: Console, attempt: AttemptRecorder) -> Iterator[None]:
-    """Say at the end what all attempts have made, also when this one is stopped: that is kept."""
+    """Say at the end what all attempts have made, even if this one is stopped: its work is kept."""
     try:
         yield
     except Stopped:
@@ -225,13 +225,13 @@ def _total_said(console: Console, attempt: AttemptRecorder) -> Iterator[None]:
 def _left(job: Job, state: OutputState) -> list[ShardProgress]:
     """Return the shards with rows to read or to caption."""
     if job.is_retry:
-        # Rows in the fragments of an earlier retry may have failed again; those that have go again.
+        # Rows that failed again in an earlier retry are run once more.
         return job.ledger.to_retry(job.part, state, job.choice)
     return [progress for progress in job.ledger.unfinished(job.part, state) if not progress.is_complete]
 
 
 def _bytes_to_read(job: Job, left: list[ShardProgress]) -> int | None:
-    """Return what the shards hold; None if not all sizes are known, or they hold only names of images."""
+    """Return the size of the shards; None if a size is unknown, or the shards only name images."""
     sizes = [progress.shard.size_bytes for progress in left]
     names_images = job.settings.read_options.fetch or any(p.shard.format == "manifest" for p in left)
     return None if names_images or None in sizes else sum(size for size in sizes if size is not None)

@@ -20,13 +20,13 @@ HANDLED_WITHIN_S = 8.0
 """Python handles a signal when the main thread next runs Python. A library that does not return until then,
 such as the client of a store that does not answer, holds the process no longer than this."""
 ENDED_WITHIN_S = 25.0
-"""How long a job that is at work may take to end, from the signal on: writing, closing and releasing. It is
-less than the 30 s after which Ray kills a job that was stopped."""
+"""How long a job at work may take to end after the signal: writing, closing and releasing. It is less than
+the 30 s after which Ray kills a job that was stopped."""
 ENDED_SOON_WITHIN_S = 9.0
-"""The same before and after work, and when the store of the input or output has failed or not answered since
+"""The same before and after work, and if the store of the input or output has failed or not answered since
 the signal: then waiting does not help."""
 NO_ANSWER_S = 4.0
-"""A request that takes longer is taken for one that gets no answer."""
+"""A request that takes longer counts as one without an answer."""
 LOOK_EVERY_S = 0.2
 
 _is_command = False
@@ -59,14 +59,14 @@ class StopRequest:
         """Prepare a request.
 
         Args:
-            stop_at: when to stop without a signal of anybody, by SIGALRM.
-            is_command: whether this process runs a command and nothing else. It holds for the requests inside
-                the block of this one too.
+            stop_at: when to stop by itself, by SIGALRM.
+            is_command: whether this process runs a command and nothing else. It also holds for the requests
+                inside the block of this one.
         """
         self._stop_at = stop_at
         self._is_command = is_command
         self.store_fails = False
-        """Whether the store of the input or output is known to fail now; set by whoever hears of it."""
+        """Whether the store of the input or output is known to fail now; set from outside."""
         self.number: signal.Signals | None = None
         """The first signal that has arrived."""
         self._is_deferred = False
@@ -104,7 +104,7 @@ class StopRequest:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Raise the `Interrupted` of the signal where Ray raises a plain KeyboardInterrupt in its place.
+        """Raise the `Interrupted` of the signal if Ray raises a plain KeyboardInterrupt in its place.
 
         `ray.get` does that: its C++ asks Python for signals, and keeps no error of a handler (Ray 2.60).
         """
@@ -130,7 +130,7 @@ class StopRequest:
         global _is_command
         is_inner, _is_command = _is_command, True
         receiving, sending = os.pipe()
-        terminal = os.dup(2)  # While Ray starts, the other one is silent.
+        terminal = os.dup(2)  # While Ray starts, standard error itself is silent.
         os.set_blocking(sending, False)  # as `signal.set_wakeup_fd` requires
         before = signal.set_wakeup_fd(sending)
         watching = threading.Thread(
@@ -150,7 +150,7 @@ class StopRequest:
 
     def _watch(self, receiving: int, handled: Collection[signal.Signals], terminal: int) -> None:
         with os.fdopen(receiving, "rb", buffering=0) as numbers:
-            # All signals that Python handles are in the pipe, those of other parts of the program too.
+            # The pipe has all signals that Python handles, including those of other parts of the program.
             number = next((n for n in iter(lambda: numbers.read(1), b"") if n[0] in handled), None)
             arrived = time.monotonic()
             is_handled = number is None or self._is_handled.wait(HANDLED_WITHIN_S)
@@ -169,8 +169,8 @@ class StopRequest:
         """Wait for the end of the block; return False when it is late."""
         has_store = True
         while not self._is_over.wait(LOOK_EVERY_S):
-            # A store that has failed once since the signal is not waited for again: whoever has given up a
-            # request says no more about it, and the next one may take as long.
+            # A store that has failed once since the signal is not waited for again: the next request may take
+            # as long as the one that was given up.
             has_store = has_store and not self.store_fails and longest_request_s() < NO_ANSWER_S
             limit_s = ENDED_WITHIN_S if self._came_at_work and has_store else ENDED_SOON_WITHIN_S
             if time.monotonic() - arrived > limit_s:
@@ -188,8 +188,8 @@ class StopRequest:
 
 
 def _kill_children() -> None:
-    """Kill what this process has started, such as a Ray, whose agents would run on for a minute."""
-    import psutil  # Nearly no command comes here.
+    """Kill the children of this process, such as Ray, whose agents would run on for a minute."""
+    import psutil  # hardly any command needs it
 
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):

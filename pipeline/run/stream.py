@@ -43,7 +43,7 @@ def receipts_dataset(
     """Return the job as a lazy dataset of receipts; nothing runs yet.
 
     Args:
-        job: requests of its workers to the output are retried as those of its ledger.
+        job: its workers retry requests to the output as its ledger does.
         reservations: what each stage reserves.
     """
     settings, info = job.settings, job.info
@@ -144,7 +144,7 @@ class ReceiptStream:
         return {stage: op.metrics.rows_task_outputs_generated for stage, op in counted}
 
     def close(self) -> None:
-        """Stop what still runs of the dataset, and wait for its threads."""
+        """Stop the dataset if it still runs, and wait for its threads."""
         self._is_closed = True
         deadline = time.monotonic() + CLOSE_S
         while True:

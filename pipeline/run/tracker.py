@@ -11,7 +11,7 @@ from pipeline.ledger.scan import ShardProgress
 from pipeline.stages.receipts import Receipt
 
 FAILURES_COUNT_AFTER_ROWS = 500
-"""Fewer rows do not show whether the input as a whole fails."""
+"""Number of rows from which on failures count; fewer do not show whether the input as a whole fails."""
 MAX_FAILED_FRACTION = 0.5
 
 
@@ -23,16 +23,16 @@ class Tracker:
     """
 
     def __init__(self, unfinished: Iterable[ShardProgress], usual_rows: float | None = None) -> None:
-        """Begin with what is known of the shards.
+        """Begin with the progress of the shards.
 
         Args:
-            usual_rows: number of rows of a shard, as long as the length of none is known.
+            usual_rows: assumed number of rows of a shard until the length of one is known.
         """
         self._usual_rows = usual_rows
         self._open = {progress.shard.name: progress for progress in unfinished}
         self._changed: set[str] = set(self._open)
         self._num_closed = self._closed_rows = 0
-        # Sums over the open shards, because the progress is shown while 10^5 of them are open.
+        # Sums over the open shards are kept up to date, because there may be 10^5 of them.
         lengths = [_length(progress) for progress in self._open.values()]
         self._num_unknown = lengths.count(None)
         self._known_rows = sum(length for length in lengths if length is not None)
@@ -43,7 +43,7 @@ class Tracker:
 
     @property
     def num_failed(self) -> int:
-        # A receipt of which only some rows are new counts the statuses of all.
+        # If only some rows of a receipt are new, the statuses of all are counted.
         return max(0, self.num_rows - self.by_status[Status.OK.value])
 
     @property

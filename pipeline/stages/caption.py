@@ -2,7 +2,8 @@
 
 Several calls run at the same time inside one actor. Each submits its rows and waits for their futures, so
 that the slots of the engine are refilled across calls. All outputs of an image share one pass of the vision
-encoder: the texts of a row are requested together; vectors and scores are made for a piece of finished rows.
+encoder: the texts of a row are requested together; vectors and scores are computed for a piece of finished
+rows at once.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class CaptionStage:
     ) -> Iterator[FinishedRows]:
         """Submit rows at once and yield them in order, in pieces, as they finish.
 
-        With an endpoint, rows are left out if the job stops while it makes them.
+        With an endpoint, rows are left out if the job stops before they are made.
 
         Args:
             positions: the rows of the table to caption.
@@ -127,7 +128,7 @@ class CaptionStage:
             if piece:
                 yield self._finish(table, piece)
         except GivenUp:
-            return  # the job stops, and its next start makes these rows
+            return  # the job stops; its next start makes these rows
         finally:
             if self._cache is None:
                 for row in waiting:
@@ -228,7 +229,7 @@ class CaptionStage:
         return finished
 
     def _add_confidence(self, results: Sequence[RowResult]) -> None:
-        """Say how probable it is that each caption is right; one with other options has no calibration."""
+        """Add the probability that each caption is right; regenerated captions have none."""
         if (calibration := self._spec.calibration) is None:
             return
         for row in results:
@@ -237,7 +238,7 @@ class CaptionStage:
                 row.flags += abstention_flags(sure, self._spec.outputs.min_confidence)
 
     def _regenerate(self, rows: Sequence[PendingRow], results: Sequence[RowResult]) -> None:
-        """Generate captions that have flags again, with stricter options; find the flags of the new ones."""
+        """Generate flagged captions again, with stricter options, and find the flags of the new ones."""
         requested = []
         for row, result in zip(rows, results, strict=True):
             if result.flags and row.image is not None:
@@ -253,7 +254,7 @@ class CaptionStage:
 
 
 def _select(column: pa.ChunkedArray, is_finished: pa.Array) -> pa.ChunkedArray:
-    # Not `take`: it joins the chunks first, and strings of more than 2 GiB do not fit into one.
+    # Not `take`: it joins the chunks first, and more than 2 GiB of strings do not fit into one chunk.
     try:
         return column.filter(is_finished)
     except pa.ArrowNotImplementedError:  # of views

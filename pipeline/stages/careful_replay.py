@@ -20,7 +20,7 @@ from pipeline.stages.coordinator import MAX_DEATHS_ALONE, CallHistory
 from pipeline.stages.row_result import RowResult
 
 STEP_ROWS = 32
-"""Rows that run together after their call has died once: few enough to finish soon, enough for a batch."""
+"""Rows that run together after their call has died once: few enough to finish soon, but still a batch."""
 
 
 def replay(
@@ -51,8 +51,9 @@ def replay(
 def steps(positions: Sequence[int], deaths_alone: Mapping[int, int]) -> Iterator[Sequence[int]]:
     """Yield the positions that run together.
 
-    Rows that run alone and have not died alone come first, then `STEP_ROWS` at a time those that are not in
-    `deaths_alone`. Rows that have died alone come last: another row may show that the device works.
+    Rows that must run alone but have not died alone come first. Then come the rows that are not in
+    `deaths_alone`, `STEP_ROWS` at a time. Rows that have died alone come last: until then, another row may
+    show that the device works.
     """
     yield from ([position] for position in positions if deaths_alone.get(position) == 0)
     together = [position for position in positions if position not in deaths_alone]

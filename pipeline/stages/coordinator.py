@@ -5,9 +5,9 @@ runs alone in its process and in small steps, and says here which step begins. I
 row of that step is to blame, so each of them then runs alone. A row on which the process has died
 `MAX_DEATHS_ALONE` times while it ran alone gets the status `failed`; otherwise it would kill forever.
 
-The coordinator also keeps the receipts of fragments that such a call has written, collects which shards were
-read to their end, how busy the stages are and which workers have trouble with a store, and passes on the
-request to stop.
+The coordinator also keeps the receipts of fragments that such a call has written, and passes on the request
+to stop. It collects which shards were read to their end, how busy the stages are, and which workers have
+trouble with a store.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from pipeline.storage.folder import Folder
 from pipeline.storage.retrying import Trouble
 
 MAX_DEATHS_ALONE = 2
-"""Deaths of the process while a row runs alone, after which the row fails. One death may be chance: a node
-may have been taken away."""
+"""Deaths of the process while a row runs alone, after which the row fails. One death may be chance, such as
+the loss of a node."""
 MAX_WARNINGS = 1_000
 """Different warnings of different workers that are counted."""
 TROUBLE_LASTS_S = 60.0
-"""A worker that has told of trouble and then nothing for this long has died; one request may take as long."""
+"""A worker that reports trouble and then nothing for this long has died; one request may take as long."""
 
 
 @dataclass
@@ -52,12 +52,12 @@ class CallHistory:
     finished: RowSet = field(default_factory=RowSet)
     """Positions that have reached a fragment."""
     deaths_alone: dict[int, int] = field(default_factory=dict)
-    """The positions of which one has killed the process, each with how often it has done so alone."""
+    """Positions that may have killed the process, each with the number of times it did so alone."""
     receipts: list[Receipt] = field(default_factory=list)
     """The receipts of the finished positions."""
 
     def start(self) -> None:
-        """Note a start; a step that has begun and not been written has died."""
+        """Note a start. A step that began but was not written has died."""
         self.num_starts += 1
         died_alone = 1 if len(self.step) == 1 else 0
         for position in self.step:
@@ -84,7 +84,7 @@ class News:
     quantization: dict[str, int] = field(default_factory=dict)
     """What workers have quantized, and how many of them since the start."""
     starting: tuple[str, ...] = ()
-    """What the captioning workers do that are not ready, those that have spoken last at the end."""
+    """What the captioning workers that are not ready do, the latest news last."""
 
 
 class Coordinator:
@@ -153,7 +153,7 @@ class Coordinator:
         self._calls.pop(call, None)
 
     def begin_commit(self, shard: str) -> int:
-        """Note that the commit of a shard starts; return how often it has, as each death starts it again."""
+        """Note that the commit of a shard starts; return how often it has: each death starts it again."""
         self._commits[shard] += 1
         return self._commits[shard]
 
@@ -182,13 +182,13 @@ class Coordinator:
             STAGE_BUSY_S.inc(busy_s - before_s, {"stage": stage})
 
     def starts(self, worker: str, text: str | None) -> None:
-        """Note what a captioning worker does before it is ready; None if it is."""
+        """Note what a captioning worker does before it is ready; None when it is."""
         self._starting.pop(worker, None)
         if text is not None:
             self._starting[worker] = text
 
     def warned(self, worker: str, text: str, number: int) -> None:
-        """Note that a worker has given a warning `number` times; of too many, the first are kept."""
+        """Note that a worker has given a warning `number` times; only the first `MAX_WARNINGS` are kept."""
         if (worker, text) in self._warnings or len(self._warnings) < MAX_WARNINGS:
             self._warnings[worker, text] = number
 
@@ -197,7 +197,7 @@ class Coordinator:
         self._quantization[worker] = summary
 
     def report_trouble(self, worker: str, trouble: Trouble | None) -> bool:
-        """Note that the requests of a worker fail, or no longer; return whether it should go on trying."""
+        """Note that a worker's requests fail, or work again; return whether it should go on trying."""
         told, before = self._troubles.pop(worker, (0.0, None))
         if trouble is not None:
             now = time.monotonic()

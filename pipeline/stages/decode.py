@@ -26,7 +26,7 @@ from pipeline.stages.worker_log import tell_origins, worker_name
 PIXELS = "_blip2_pixels"
 """Column with uint8[S, S, 3] as bytes; exists only between the decode and the caption stage."""
 TRUNCATED = "_blip2_truncated"
-"""Boolean column next to the pixels, if truncated images are accepted: whether the image is one."""
+"""Boolean column next to the pixels, if truncated images are accepted: whether the image is truncated."""
 TRUNCATED_FLAG = "truncated"
 """A flag of rows whose image lacks its end."""
 DECODED = ("status", "error", "width", "height", "sha256")
@@ -72,7 +72,7 @@ class DecodeStage:
         self._started, self._busy_s = time.monotonic(), 0.0
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Decode a block in small tables: a thousand small files become a large block of pixels."""
+        """Decode a block in small tables, because a thousand small files become a large block of pixels."""
         shard = _shard_of(table)
         with noted(f"decoding {f'rows of {shard}' if shard else 'a table'}", shard):
             yield from self._decode_table(table)
@@ -149,12 +149,12 @@ def _shard_of(table: pa.Table) -> str | None:
 
 
 def _cells(table: pa.Table, image_column: str) -> list[Cell | Address]:
-    """Return the images of a table, the addresses of others, and why the remaining rows have none."""
+    """Return the images of a table, or their addresses, or why a row has neither."""
     cells = read_images(table[image_column])
     if ADDRESS in table.column_names:
         addresses = table[ADDRESS].to_pylist()
         cells = [cell if a is None else Address(a) for cell, a in zip(cells, addresses, strict=True)]
-    if {"status", "error"} <= set(table.column_names):  # Rows that have one have failed while they were read.
+    if {"status", "error"} <= set(table.column_names):  # a row with a status has failed while it was read
         statuses, errors = table["status"].to_pylist(), table["error"].to_pylist()
         cells = [
             cell if status is None else DecodedImage(status=Status(status), error=error)

@@ -1,11 +1,11 @@
-"""Devices that hang or fail: notice it, end the process, and count, so that a broken accelerator is left out.
+"""Notice devices that hang or fail, end their process, and count, so that a broken accelerator is left out.
 
 The rule: an engine that has work and makes no progress for `step_timeout_s` hangs, and its process ends; an
 engine that raises ends it too. Ray starts a new process and runs its calls again (`careful_replay`). A device
 that fails `MAX_FAILURES` times without a row written in between is left out.
 
 One image can make its process fail again and again, on any device. Therefore an image that runs alone counts
-once, and so does not reach the limit by itself; the small steps before do not count.
+only once, so that it cannot reach the limit by itself; the small steps before do not count.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.errors import Stopped
 
 MAX_FAILURES = 3
 FIRST_TIMES = 3
-"""The first result may take this many times as long: a model may be compiled before it."""
+"""The first result may take this many times as long, because a model may be compiled first."""
 
 
 @dataclass(frozen=True)

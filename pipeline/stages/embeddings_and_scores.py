@@ -31,10 +31,10 @@ class EmbeddingsAndScores:
         """Prepare the outputs; both engines are already running.
 
         Args:
-            engine: the engine of the stage; a `MatchingEngine` if nothing but its scores is made.
+            engine: the engine of the stage; a `MatchingEngine` if the run makes only its scores.
             score_engine: a second engine for the scores, if a retrieval checkpoint computes them next to
                 `engine`; it is closed by `close`.
-            text_prefix: starts the names of the columns whose texts are scored.
+            text_prefix: prefix of the columns whose texts are scored.
         """
         self._outputs = outputs
         self._asks, self._embeds, self._scores = outputs.asks, outputs.embeds, outputs.scores

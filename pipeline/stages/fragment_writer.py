@@ -20,15 +20,15 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.metrics import FRAGMENTS
 
 FRAGMENT_ROWS, FRAGMENT_BYTES = 512, 32 << 20
-"""A fragment with this many rows or bytes waits for no more. One of twice the bytes is split: a commit holds
+"""A fragment with this many rows or bytes is written at once. One of twice the bytes is split: a commit holds
 pieces of this size, and would read a larger one again for each row group."""
 HOLD_S = 1.5
-"""Nor does one whose first rows have waited this long."""
+"""A fragment is also written when its first rows have waited this long."""
 QUIET_S, QUIET_PART = 0.25, 0.02
 """When every call waits, another may still begin: in a store, where each fragment costs requests, the largest
-one waits until no rows have come for this long. It is a part of the age of the process at first, so that a
-short job does not wait. On a disk it would only wait: with an engine that costs nothing, a job makes 4,300
-rows/s without, and 3,000 with it (two cores, 2026-11-27)."""
+one waits until no rows have come for this long, but at most for this part of the age of the process, so that
+a short job does not wait. A disk gains nothing from it: with an engine that costs nothing, a job makes 4,300
+rows/s without the wait, and 3,000 with it (two cores, 2026-11-27)."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class FragmentWriter:
             return batch
 
     def _take_back(self, batch: _Batch, rows: pa.Table) -> None:
-        """Take rows out of a batch that nobody writes yet, because their call has failed."""
+        """Take the rows of a failed call out of a batch, unless it is being written already."""
         with self._changed:
             if self._open.get(batch.shard) is not batch:
                 return
@@ -142,7 +142,7 @@ class FragmentWriter:
             return False
 
     def _wait_s(self, batch: _Batch) -> float:
-        """Return how long a batch still waits if nothing changes meanwhile; at most 0 if it is due."""
+        """Return how long a batch still waits if nothing changes; 0 or less if it is due."""
         if batch.num_rows >= self._fragment_rows or batch.num_bytes >= FRAGMENT_BYTES:
             return 0.0
         now = time.monotonic()
@@ -172,7 +172,7 @@ class FragmentWriter:
 
 
 def _joined(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
-    """Return tables as one, unless types differ or a row is in two of them, as when Ray runs a call twice."""
+    """Join tables, unless types differ or a row is in two of them, as when Ray runs a call twice."""
     if any(table.schema != tables[0].schema for table in tables):
         return tables
     rows = pa.concat_tables(tables)

@@ -2,8 +2,8 @@
 
 A column holds encoded bytes, the `datasets` library's struct of bytes and path, PIL images, or arrays of one
 of the layouts that `array_to_rgb` reads: tensors, or nested lists. If images are fetched, it may also hold
-addresses as text. The type of the column tells nearly every other column before work. What only a row tells,
-such as a path that is not there, costs that row.
+addresses as text. Nearly every other column is refused by its type before work begins. What only a row shows,
+such as a path that does not exist, costs that row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Cell: TypeAlias = "bytes | np.ndarray | Image.Image | DecodedImage | None"
 
 @dataclass(frozen=True)
 class Address:
-    """Where an image is that must be loaded."""
+    """The place of an image that must be loaded."""
 
     text: str
 
@@ -46,7 +46,7 @@ def require_images(name: str, type: Any, fetches: bool = False) -> None:
 
     Args:
         name: the column.
-        type: its type in Arrow; of a pandas block, its dtype.
+        type: its Arrow type, or its dtype in a pandas block.
         fetches: whether it may hold addresses as text.
     """
     if not isinstance(type, pa.DataType):
@@ -78,7 +78,7 @@ def require_text(argument: str, name: str, type: Any) -> None:
     Args:
         argument: which column it is, for the message.
         name: the column.
-        type: its type in Arrow; of a pandas block, its dtype.
+        type: its Arrow type, or its dtype in a pandas block.
     """
     if isinstance(type, pa.DataType):
         holds_text = is_text(type) or pa.types.is_null(type)
@@ -98,7 +98,7 @@ def digest_of(cell: Cell) -> bytes | None:
     if cell is None or isinstance(cell, DecodedImage):
         return None
     if isinstance(cell, Image.Image) and cell.mode in ("P", "PA"):
-        cell = cell.convert("RGBA")  # an index is no pixel: palettes differ
+        cell = cell.convert("RGBA")  # equal indices are different pixels in another palette
     return hashlib.sha256(cell if isinstance(cell, bytes) else np.ascontiguousarray(cell).data).digest()
 
 

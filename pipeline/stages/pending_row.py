@@ -11,12 +11,12 @@ from pipeline.endpoint.waiting import GivenUp
 from pipeline.stages.engine_fault import EngineFault
 
 Pending = Future[Result] | Result
-"""A result that is there, or that will be."""
+"""A result, or the future of one."""
 
 
 @dataclass(slots=True)
 class PendingRow:
-    """A row of which texts have been requested."""
+    """A row whose texts have been requested."""
 
     position: int
     """Its position in the table."""
@@ -24,7 +24,7 @@ class PendingRow:
     """The caption, if one is made, followed by the answers in the order of the asks."""
     prompt: str | None = None
     image: ImageLike | None = None
-    """Kept if more is made of it when the texts are there."""
+    """Kept if more outputs are made of it after the texts."""
     image_key: bytes = b""
     """Equal for identical images, if the results of identical images are reused."""
     results: list[Result] = field(default_factory=list)
@@ -35,7 +35,7 @@ class PendingRow:
 
         Raises:
             EngineFault: the engine has failed.
-            GivenUp: the job stops, and its endpoint was not waited for.
+            GivenUp: the job stops without waiting for its endpoint.
         """
         self.results = [_result(pending) for pending in self.pending]
 

@@ -1,4 +1,4 @@
-"""Trouble with a store, on its way from the worker that meets it to the person who can end it.
+"""Report trouble with a store, from the worker that meets it to the person who can end it.
 
 A worker whose request fails tells the coordinator about once a second, and asks whether to go on trying. The
 driver fetches what all workers say, and shows one sentence.
@@ -49,7 +49,7 @@ def tell_coordinator(coordinator: Any, count_held: Callable[[], int] = int) -> N
 def describe(troubles: Sequence[Trouble]) -> str | None:
     """Return one phrase about the request that has failed for longest, or None if all is well.
 
-    A request that succeeds at the second or third try is not worth a word.
+    Requests that succeed at the second or third try are not mentioned.
     """
     worst = max(troubles, key=lambda trouble: trouble.seconds, default=None)
     if worst is None or worst.seconds < SAID_AFTER_S:

@@ -43,8 +43,8 @@ from pipeline.stages.worker_log import worker_name
 from pipeline.stages.worker_messages import tell_warnings, telling_start
 
 PIECE_S = 1.0
-"""A call writes what it has finished after this many seconds, and waits up to `HOLD_S` for other calls: a
-death costs at most the work of both times."""
+"""A call writes its finished rows after this many seconds, and waits up to `HOLD_S` for other calls: a death
+costs at most the work of both times."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,11 @@ class WriteStage:
 
         Args:
             spec: what is made of each image.
-            models: the models as the driver found them, which are part of the run's fingerprint.
+            models: the models that the driver found; they are part of the run's fingerprint.
             kept: columns of the input that go into the output.
             ledger: the output; its requests are retried.
             coordinator: handle of the job's `Coordinator` actor.
-            step_timeout_s: seconds without progress of the engine, after which this process ends.
+            step_timeout_s: seconds without progress of the engine after which this process ends.
             accelerators: what this worker has reserved, by names in Ray; empty on CPUs.
 
         Raises:
@@ -115,7 +115,7 @@ class WriteStage:
 
     def _give_up(self, reason: str) -> NoReturn:
         """End this process: Ray starts a new one and runs its calls again. An exception would end the job."""
-        # Never released: every running call meets the failure, and it must count once.
+        # Never released: every running call meets the failure, which must count only once.
         self._giving_up.acquire()
         logger.error("The captioning engine has failed, and its process ends: %s", reason)
         with contextlib.suppress(ray.exceptions.RayError):

@@ -1,4 +1,4 @@
-"""What the autoscaler of a cluster says about the resources that are asked for."""
+"""What the autoscaler of a cluster says about requested resources."""
 
 from __future__ import annotations
 

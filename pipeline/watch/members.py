@@ -45,22 +45,22 @@ class Members:
         Args:
             say: prints a line.
             needs: what a worker of each stage reserves, in words.
-            is_local: whether the Ray is this machine's own; then only losses, their ends and long waits are
-                news: the phases of the start tell of the rest.
+            is_local: whether Ray runs on this machine alone. Then only losses, replacements and long waits
+                are news; the phases of the start cover the rest.
         """
         self._say, self._needs, self._is_local = say, needs, is_local
         self._view = View()
         self._num_lost: Counter[str] = Counter()
         """Workers of each stage that were lost and have not been replaced."""
         self._since: dict[tuple[str, str], datetime] = {}
-        """Since when each actor has been in its state."""
+        """When each actor entered its state."""
         self._reminder = Reminder(say, LINE_EVERY_S if is_local else LOG_EVERY_S)
         self.awaited: str | None = None
-        """Workers that are not at work, since when and why, and what the autoscaler does; None if all are."""
+        """The missing workers, since when and why, and what the autoscaler does; None if all are at work."""
 
     @property
     def stalled(self) -> str | None:
-        """What is awaited while no image can be captioned, for the line of progress."""
+        """What the job waits for while no image can be captioned, for the line of progress."""
         is_stalled = self.awaited is not None and not self._view.of(CAPTIONING)
         return f"waiting for {self.awaited}" if is_stalled else None
 
@@ -126,7 +126,7 @@ class Members:
         return f"{' and '.join(phrases)}{f'; {at_work} at work' if at_work else ''}{tail}"
 
     def _why(self, workers: Sequence[WorkerSeen]) -> str:
-        """Return what some workers of one stage and in one state are doing, as the end of a phrase."""
+        """Return what workers of one stage and state are doing, as the end of a phrase."""
         first = workers[0]
         if first.state == WAITS:
             return f"({self._needs[first.stage]}), for which no node has room,"

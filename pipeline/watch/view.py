@@ -14,13 +14,13 @@ import ray
 
 CAPTIONING, DECODING = "captioning", "decoding"
 STAGES = {"WriteStage": CAPTIONING, "DecodeStage": DECODING}
-"""The stage in words, by what the class of its actors is called after."""
+"""The stage in words, by a part of the class name of its actors."""
 RUNS, LOADS, WAITS, DIED = "runs", "loads", "waits", "died"
 """States of a worker: it is at work, its process starts, no node has room for it, Ray has given it up."""
 LET_GO = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED")
-"""Why Ray ends an actor that nobody needs any more."""
+"""Ray's reasons for ending an actor that is no longer needed."""
 LEFT = (1, 4)
-"""Why a node is gone that nobody misses, in Ray's numbers: it was stopped on purpose, or idle."""
+"""Ray's numbers of the reasons for which a node is gone but not lost: stopped on purpose, or idle."""
 
 
 @dataclass(frozen=True)

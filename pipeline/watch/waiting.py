@@ -1,4 +1,4 @@
-"""Waiting for the cluster, never in silence: what is awaited, since when, and what the autoscaler says."""
+"""Wait for the cluster, and say for what, since when, and what the autoscaler does."""
 
 from __future__ import annotations
 
@@ -16,20 +16,17 @@ Say = Callable[[str], Any]
 """Prints a line for people."""
 LOOK_EVERY_S = 2.0
 MAX_EVERY_S = 600.0
-"""Seconds between two lines that say the same, when the wait has become long."""
+"""Maximum seconds between two lines that say the same, in a long wait."""
 
 
 def at(moment: datetime) -> str:
-    """Return a time of day in words; of another day, with its date."""
+    """Return a time of day in words, with the date unless it is today."""
     is_today = moment.date() == datetime.now(UTC).date()
     return f"{moment:%H:%M:%S} UTC" if is_today else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
 class Reminder:
-    """Says what is awaited: after a little while, when its reason changes, and then ever less often.
-
-    A wait of a few seconds is not worth a word.
-    """
+    """Says what the job waits for: after a few seconds, on a new reason, and then ever less often."""
 
     def __init__(
         self, say: Say, every_s: float = LOG_EVERY_S, clock: Callable[[], float] = time.monotonic
@@ -37,11 +34,11 @@ class Reminder:
         self._say, self._first_s, self._clock = say, every_s, clock
         self._said: str | None = None
         self._next: float | None = None
-        """When to say it again; None while nothing is awaited."""
+        """When to say it again; None if the job does not wait."""
         self._every_s = every_s
 
     def remind(self, awaited: str | None) -> None:
-        """Take what is awaited now; None if nothing is."""
+        """Take what the job waits for now; None if it does not wait."""
         now = self._clock()
         if awaited is None:
             self._next = self._said = None
@@ -58,10 +55,10 @@ class Reminder:
 
 
 def wait_for(answer: Any, what: str, say: Say) -> Any:
-    """Return the value of an object reference; while it is not there, say now and then what is awaited.
+    """Return the value of an object reference; say now and then that the job waits for it.
 
     Args:
-        what: is awaited, in words.
+        what: what the job waits for, in words.
 
     Raises:
         ray.exceptions.RayError: the task has failed.

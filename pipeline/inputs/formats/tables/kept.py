@@ -1,7 +1,7 @@
 """The types of kept columns: one type each in all files of an output, so that they read as one table.
 
-A shard alone does not know it: its table may lack the column, hold nothing but nulls, or have smaller
-integers than the next one. So the types are found before the run begins, and stored with it.
+One shard does not show the type: its table may lack the column, hold only nulls, or have smaller integers
+than the next one. So the types are found before the run begins, and stored with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.schema import cast_to, plain_type
 def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
     """Return the plain type to which both types convert, or None if there is none.
 
-    It may not hold the largest values of one of them: integers of 64 bits and floats become float64.
+    The common type may not hold the largest values of one of them: 64-bit integers and floats become float64.
     """
     types = [plain_type(type) for type in (first, second)]
     try:
@@ -63,8 +63,8 @@ def join_fields(name: str, found: Iterable[tuple[str, pa.DataType]]) -> pa.Field
 def with_types(reader: Tables, kept: pa.Schema) -> Tables:
     """Yield the tables of a reader with its kept columns in the types of the output.
 
-    A column of a type that does not fit is null, and so is a value that the type does not hold exactly. Texts
-    that are not UTF-8 have escapes, and nested values with such texts are null. The report says so.
+    A column whose type does not fit becomes null, and so does a value that the type does not hold exactly.
+    Texts that are not UTF-8 are escaped, and nested values with such texts become null. The report says so.
     """
     notes: dict[str, None] = {}
     while True:
@@ -86,7 +86,7 @@ def with_types(reader: Tables, kept: pa.Schema) -> Tables:
 
 
 def _fitting(column: pa.Array, field: pa.Field) -> tuple[pa.Array, str | None]:
-    """Return a column as the output holds it, and what has changed."""
+    """Return a column as the output stores it, and a note on what has changed."""
     texts, has_escapes = valid_texts(column)
     if has_escapes:
         how = "null" if pa.types.is_nested(column.type) else "written with escapes"

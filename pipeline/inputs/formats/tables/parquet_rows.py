@@ -52,7 +52,7 @@ class ParquetRows:
     def read(self, batch: pa.RecordBatch, row: int) -> pa.Table:
         """Make a table of an unfolded batch whose first row is number `row` of the shard.
 
-        A row with a prompt or a scored text that is not UTF-8 is refused. A key has escapes for such bytes.
+        A row whose prompt or scored text is not UTF-8 is refused. In a key, such bytes are escaped.
         """
         images = read_cells(batch.column(self.columns.image.name), self.options, self._folder)
         has_lists = self.columns.has_lists
@@ -130,7 +130,7 @@ class ParquetRows:
 
 
 def _row_bytes(batch: pa.RecordBatch) -> np.ndarray:
-    """Return the bytes of each row in columns of bytes and text, also in structs: int64[N]."""
+    """Return the bytes of each row in columns of bytes and text, including those in structs: int64[N]."""
     num_bytes = np.zeros(len(batch), np.int64)
     columns = list(batch.columns)
     while columns:
