@@ -1,10 +1,10 @@
 """The engine's thread: it loads the model, then drives the device until it is closed.
 
 Callers hand it requests and tasks from any thread. It takes them between two steps of the scheduler, so
-nothing else needs a lock. Everything that computes runs in this thread, loading and scoring included; the one
-exception is `EncodeWorker`. The reason is that OpenMP gives each computing thread a pool of its own, and lets
-the threads of all pools sleep between two operations if there are more of them than cores: one thread too
-many would halve the speed of a small model.
+nothing else needs a lock. All computation runs in this thread, including loading and scoring, except for
+`EncodeWorker`. The reason is that OpenMP gives each computing thread its own pool, and lets the threads of
+all pools sleep between two operations if there are more of them than cores: one thread too many would halve
+the speed of a small model.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Start = Callable[..., StartedModel]
-"""Loads a model, given `num_threads`, and `require_wanted`, which raises once nobody waits for the model."""
+"""Loads a model, given `num_threads`, and `require_wanted`, which raises if the model is no longer needed."""
 
 
 @dataclass(eq=False)
 class Task:
-    """Something else for the engine's thread to compute, between two steps."""
+    """Other work for the engine's thread, between two steps."""
 
     work: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
@@ -63,10 +63,10 @@ class Task:
 
 
 class EngineCore:
-    """The thread, what it has been given, and how it ends.
+    """The thread, the work given to it, and how it ends.
 
-    The thread holds this object, and nothing here holds the `Engine`; so an engine that nobody holds any
-    longer is noticed (`release`).
+    The thread holds this object, and nothing here holds the `Engine`; so an engine without other references
+    is noticed (`release`).
     """
 
     started: StartedModel
@@ -90,8 +90,8 @@ class EngineCore:
         self._lock = threading.Lock()
         """Guards what callers and the thread both change: what has arrived, closing and failing."""
         self._wake_ups: SimpleQueue[None] = SimpleQueue()
-        """An entry tells the thread to look again. Unlike a condition, the garbage collector may put one in,
-        whatever the thread in which it runs is doing."""
+        """An entry tells the thread to look again. Unlike a condition, a queue may be used by the garbage
+        collector, whatever the thread in which it runs is doing."""
         self._failure: BaseException | None = None
         self._num_requests = 0
         self._busy_s = 0.0
@@ -140,8 +140,8 @@ class EngineCore:
             self._arrived.extend(items)
             self._unfinished.update({item.future: item for item in items})
         self._wake_ups.put(None)
-        # A future that a caller keeps must keep neither its request, with the tensors of its image, nor this
-        # object, with the whole model.
+        # A future that a caller keeps must keep alive neither its request, with the tensors of its image, nor
+        # this object, with the whole model.
         for callback in (self._unfinished.pop, self.scheduler.note_cancelled):
             for item in items:
                 item.future.add_done_callback(callback)
@@ -188,10 +188,10 @@ class EngineCore:
             self._thread.wait()
 
     def release(self) -> None:
-        """Let the thread finish what was accepted and end, without waiting: nobody holds the engine.
+        """Let the thread finish what was accepted and end, without waiting: the engine has no references.
 
         The garbage collector calls this in any thread at any point, so it takes no lock. It needs none,
-        because nobody can enqueue.
+        because nothing can be enqueued any more.
         """
         self.is_closed = True
         self._wake_ups.put(None)
@@ -255,7 +255,7 @@ class EngineCore:
         )
 
     def _fail(self, error: BaseException) -> None:
-        """Fail every request: what broke the device broke all of them.
+        """Fail every request: an error of the device affects all of them.
 
         The host decides whether the process goes on.
         """
@@ -279,7 +279,7 @@ class EngineCore:
         with self._lock:
             arrived = list(self._arrived)
             self._arrived.clear()
-        # Without the lock: what ends here runs the done callbacks of its future, which may submit.
+        # Without the lock: ending a request runs the done callbacks of its future, which may call `submit`.
         for item in arrived:
             if isinstance(item, RequestState):
                 self.scheduler.add(item)

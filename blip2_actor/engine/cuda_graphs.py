@@ -1,9 +1,9 @@
 """Decode steps replayed as CUDA graphs; `encoders.py` replays full batches of images.
 
-A step over 32 layers is about 500 kernels of a few microseconds each. To launch them one by one takes the
-host longer than the GPU needs to run them. A graph is launched as one, but it fixes every shape and every
-address. So a step that is to be replayed reads and writes buffers that never move, and comes in few shapes:
-the number of rows is rounded up, and so is `kv_len`, unless attention reads the lengths from the device.
+A step over 32 layers is about 500 kernels of a few microseconds each. Launching them one by one takes the
+host longer than the GPU needs to run them. A graph is one launch, but it fixes every shape and every address.
+So a replayed step reads and writes buffers that never move, and comes in few shapes: the number of rows is
+rounded up, and so is `kv_len`, unless attention reads the lengths from the device.
 
 The rows after those of the running texts belong to free slots. Each of them appends token 0 at the first
 position of its slot, which the next prefill into this slot overwrites, and attends to this position alone, so
@@ -58,7 +58,7 @@ class StepCapturer(Protocol):
 
 
 class EagerRunner:
-    """Captures nothing and runs the step itself: the shapes and buffers of a graph, on any device."""
+    """Captures nothing and runs the step itself, with the shapes and buffers of a graph, on any device."""
 
     def capture(self, step: Step) -> Step:
         return step
@@ -168,7 +168,7 @@ class Buffers:
         head = language_model.lm_head
         is_cuda = device.type == "cuda"
         self.staged = torch.zeros(2, 2, num_slots, dtype=torch.int64, pin_memory=is_cuda).unbind()
-        """int64[2, S] for this step and for the one before: token ids and lengths, on the host."""
+        """int64[2, S] for this step and for the previous one: token ids and lengths, on the host."""
         self.inputs = torch.zeros(2, num_slots, dtype=torch.int64, device=device)
         self.logits = torch.zeros(num_slots, head.out_features, dtype=head.weight.dtype, device=device)
 
@@ -238,8 +238,8 @@ class DecodeReplay:
     ) -> None:
         """Bring the inputs to the device.
 
-        The step before may not have begun, and still needs its own; the tokens of the one before that have
-        been read.
+        The previous step may not have begun, so its inputs are still needed; those of the step before it are
+        not, because its tokens have been read.
         """
         staged, other = buffers.staged
         buffers.staged = other, staged

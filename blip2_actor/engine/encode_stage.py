@@ -1,8 +1,8 @@
 """Which images are encoded next, on which thread or stream, and for whom.
 
-Images of requests of normal priority go first, and while texts run, they wait a little for each other: every
-text has to wait for a pass of the encoders and for the prefill after it, which for one image may take as long
-as for several. Images of low priority are encoded for slots that no other request wants.
+Images of normal priority go first, and while texts run, they wait a little for each other: every text has to
+wait for a pass of the encoders and for the prefill after it, which may take as long for one image as for
+several. Images of low priority are encoded for slots that no other request wants.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ GATHER_S = 0.02
 time for any number of images answers callers at 30 % of its speed after 0.172 s instead of 0.25, and gives a
 batch job next to them 48 instead of 23 % of its speed (2026-11-27, `benchmarks.behind`)."""
 COMPANY_S = 2 * GATHER_S
-"""An image waits only if it came so soon after another: those of a caller who sends one after the other would
-wait in vain. With half of it, the job of that device keeps 43 instead of 48 % of its speed."""
+"""An image waits only if it came this soon after another: the images of a caller who sends one after the
+other would wait in vain. With half of this, the job of that device keeps 43 instead of 48 % of its speed."""
 
 
 class EncodeStage:
@@ -50,7 +50,7 @@ class EncodeStage:
         self.num_images = 0
         """Images encoded."""
         self.clock_s: Callable[[], float] = time.monotonic
-        """The clock of `RequestState.arrived_s`; replaced where time is counted."""
+        """The clock of `RequestState.arrived_s`; tests replace it."""
         self._runner = runner
         self._limits = limits
         self._lanes = lanes
@@ -97,7 +97,7 @@ class EncodeStage:
         self.num_calls += 1
         self.num_images += len(images)
         for image in images:
-            is_encoded = image.is_encoded  # not if more of it is wanted than when its pass began
+            is_encoded = image.is_encoded  # False if more of it is wanted than when its pass began
             for lane in self._lanes:
                 if not is_encoded:
                     lane.waiting.put_behind(image)
@@ -106,10 +106,10 @@ class EncodeStage:
                     lane.ready.add(request)
 
     def _use_stream(self, stream: EncodeStream) -> None:
-        """Take the batches that are encoded, and queue new ones, about a batch more than free slots need.
+        """Take the encoded batches, and queue new ones, about a batch more than free slots need.
 
-        While there are too few requests for the free slots, each step waits for one batch. So the steps of
-        few texts, which cost nearly as much as those of many, do not run ahead of the encoders.
+        While there are too few requests for the free slots, each step waits for one batch. So steps with few
+        texts, which cost nearly as much as those with many, do not run ahead of the encoders.
         """
         while stream.is_done:
             self.finish(*stream.take())
@@ -148,9 +148,9 @@ class EncodeStage:
                 worker.give(images)
 
     def _num_uncovered_slots(self, lane: Lane) -> int:
-        """Return how many slots a lane could have, less those that ready requests will take.
+        """Return how many slots a lane could have, minus those that ready requests will take.
 
-        To requests of normal priority, slots of texts of low priority are free.
+        For requests of normal priority, slots of texts of low priority count as free.
         """
         normal, low = self._lanes
         num_left = self._slots.num_free - normal.ready.num_slots
@@ -159,8 +159,8 @@ class EncodeStage:
     def _next_images(self, lane: Lane, max_images: int) -> list[EncodedImage]:
         """Take a batch of waiting images; none while it would not be full and older requests are ready.
 
-        One of normal priority that would not be full also waits for `GATHER_S`, and has as many images of low
-        priority as could get slots at once: more would make the others wait.
+        If a batch of normal priority would not be full, it waits for `GATHER_S`. It is then filled with
+        images of low priority, but only as many as could get slots at once: more would make the others wait.
         """
         encode_batch = self._limits.encode_batch
         if len(lane.waiting) < encode_batch and lane.ready and not lane.is_overdue:

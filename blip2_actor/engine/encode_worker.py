@@ -1,8 +1,8 @@
 """A second thread that encodes images on a CPU, next to the engine's own; each has its share of the cores.
 
-Two threads with a batch each are faster than one thread that spreads every operation over all cores: no core
-waits for the other half of an operation. And a decode step, which consists of many operations too small to
-share, leaves the other cores to the encoders. Figures: `benchmarks/LOG.md`.
+Two threads with a batch each are faster than one thread that spreads every operation over all cores, because
+no core waits for the other half of an operation. And a decode step, which consists of many operations too
+small to share, leaves the other cores to the encoders. Figures: `benchmarks/LOG.md`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Outcome = OutOfMemory | BaseException | None
 class EncodeWorker:
     """Encodes batches: `give` it one, and `take` them back in order.
 
-    One thread, the engine's, calls all methods. They also set how many cores that thread uses: all of them
-    while this worker is idle, but for a small model, of which one core computes an operation before a second
+    Only the engine's thread calls the methods. They also set how many cores that thread uses: all of them
+    while this worker is idle, except for a small model, where one core finishes an operation before a second
     one is awake.
     """
 
@@ -36,7 +36,7 @@ class EncodeWorker:
             on_done: called in the worker's thread when a batch is finished.
         """
         self._num_threads_beside = num_threads - num_threads // 2
-        """Those of the engine's own thread while this worker is busy."""
+        """CPU threads of the engine's own thread while this worker is busy."""
         self._num_threads_alone = self._num_threads_beside if is_small(runner.model) else num_threads
         self.num_images = 0
         """Images given and not yet taken back."""

@@ -29,7 +29,7 @@ class EncodedImage:
     keeps_image_embeds: bool = False
     """Also keep the output of the vision encoder. It is large, so it is kept only on demand."""
     low_priority: bool = False
-    """As in `Request`, for features and scores, which have no request of their own."""
+    """Priority as in `Request`, for features and scores, which have no request of their own."""
     prefix: Tensor | None = field(default=None, repr=False)
     """float[Q, Dw], what the language model sees of the image."""
     qformer_features: Tensor | None = field(default=None, repr=False)
@@ -42,7 +42,7 @@ class EncodedImage:
     _is_cancelled: bool = False
 
     def cancel(self) -> None:
-        """Let go whoever waits for its features or scores: their call raises CancelledError. Thread-safe."""
+        """Make calls that wait for its features or scores raise CancelledError. Thread-safe."""
         self._is_cancelled = True
         for future in list(self._waited_for):
             future.cancel()

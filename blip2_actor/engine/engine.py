@@ -30,8 +30,8 @@ from blip2_actor.request import EngineStats, ImageLike, Request, Result
 class Engine(Reader):
     """A loaded model that batches requests continuously. Close it, or use it as a context manager.
 
-    The token ids of a request do not depend on the requests that run next to it. An engine that nobody holds
-    any longer closes itself. It belongs to the process that built it.
+    The token ids of a request do not depend on the requests that run next to it. An engine without references
+    closes itself. It belongs to the process that built it.
 
     Examples:
         >>> engine = Engine(EngineConfig(model="demo", device="cpu"))
@@ -55,7 +55,7 @@ class Engine(Reader):
         """
         self.config = config
         core = EngineCore(partial(start_model, **vars(config)), config.num_threads)
-        # An engine that nobody holds any longer ends its thread; at exit, the core does that by itself.
+        # An engine without references ends its thread; at exit, the core does that by itself.
         weakref.finalize(self, core.release).atexit = False
         started = core.started
         super().__init__(core, started.input_processor)
@@ -80,12 +80,12 @@ class Engine(Reader):
             requests: a list of requests and images, or one of them.
             options: used by requests that have none of their own. Options that are not given are those of the
                 checkpoint's `generation_config.json`, or else the defaults.
-            prompt: of images that are given without a `Request`.
+            prompt: the prompt of images that are given without a `Request`.
             progress: show a progress bar on standard error.
-            **changes: changes of `options`, and of those that a request has, such as `max_new_tokens=30`.
+            **changes: changes to `options`, and to those of each request, such as `max_new_tokens=30`.
 
         Returns:
-            One result per request, in order; a list also for one request. A bad image or prompt is a result
+            One result per request, in order, even for a single request. A bad image or prompt is a result
             with a status.
 
         Raises:

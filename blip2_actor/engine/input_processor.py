@@ -1,4 +1,4 @@
-"""From what a caller hands over to what the scheduler works on; this is where requests are refused."""
+"""Turn what callers pass into what the scheduler works on; requests are refused here."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from blip2_actor.request import ImageLike, Request
 logger = logging.getLogger(__name__)
 
 MAX_OPTIONS = 256
-"""Different options whose values are kept: to find them takes two thirds of the time that a request takes to
-prepare."""
+"""Number of different options that are kept resolved: resolving takes two thirds of the time to prepare a
+request."""
 _BEGUN_CONTRACTION = re.compile(r"( n'?| '[vr]|')$")
 """Many tokenizers drop the space before 's, n't and others (`clean_up_tokenization_spaces`)."""
 
@@ -55,7 +55,7 @@ class InputProcessor:
         self.prompts = prompts
         self.image_size_px = image_size_px
         self.resolve = lru_cache(MAX_OPTIONS)(partial(GenerationOptions.resolve, stored=generation_config))
-        """`GenerationOptions.resolve` with what the checkpoint has stored."""
+        """`GenerationOptions.resolve` with the options of the checkpoint."""
         self.max_slots = max_slots
         self.allow_urls = allow_urls
         self._owner = object()

@@ -1,9 +1,9 @@
-"""How many texts and images at once: what is fast, and what fits into free memory.
+"""How many texts and images to process at once: what is fast, and what fits into free memory.
 
-A decode step reads all weights once, whatever its number of rows, so many slots are wanted. A pass of the
-vision encoder gains nothing beyond the size that fills the device. Both are reduced if memory is short. On a
-CPU, a machine that swaps is slower than any small batch. On a GPU, the engine would otherwise run out of
-memory first, and then halve its limits.
+A decode step reads all weights once, whatever its number of rows, so many slots are better. A pass of the
+vision encoder gains nothing beyond the size that fills the device. Both are reduced if memory is short: on a
+CPU, a machine that swaps is slower than any small batch; on a GPU, the engine would run out of memory and
+halve its limits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ MAX_SLOTS_CUDA = 512
 by computing, no longer by reading weights."""
 MIN_SLOTS_CPU = 128
 MIN_ENCODE_BATCH, MAX_ENCODE_BATCH = 8, 128
-"""On a GPU it is always the maximum. With 128 images a pass instead of 64 an H100 makes 12 % more images/s in
-fp8, because the prefill after it is larger, too, and as many in bfloat16 (blip2-opt-2.7b, 2026-11-27)."""
+"""On a GPU it is always the maximum. With 128 instead of 64 images a pass, an H100 processes 12 % more
+images/s in fp8, because the prefill after it is larger too, and as many in bfloat16 (blip2-opt-2.7b,
+2026-11-27)."""
 ENCODE_BATCH_ELEMENTS = 1 << 18
 """Image tokens times width that fill one pass on a CPU: small models take more images."""
 
@@ -33,7 +34,7 @@ SMALL_MODEL_ELEMENTS = 1 << 14
 with 16,640 faster (two cores of an AMD EPYC, threads that spin, 2026-11-27)."""
 
 MIN_SLOTS_FRACTION = 8
-"""One slot of this number of slots must remain when the longest text that is admitted comes."""
+"""One of this many slots must remain when the longest admitted text comes."""
 
 USED_FRACTION = 0.85
 """Fraction of free memory that is planned. The rest is for what is not counted here: workspaces,

@@ -24,7 +24,7 @@ from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.transfer import ids_to_device, to_device
 
 ON_DEVICE = -1
-"""Stands for a token that `select` has selected for a slot and that the host has not read."""
+"""Stands for a token that `select` has selected for a slot and the host has not read."""
 SCORE_BATCH = 64
 """Texts read at once outside the slots; bounds the memory of their logits."""
 
@@ -58,7 +58,7 @@ class ModelRunner:
         self.encoders = encoders or Encoders(model)
         self._slots: KVCacheProtocol | None = None
         self._selected: Tensor | None = None
-        """int64[S]: of each slot, the token that `select` has selected last."""
+        """int64[S]: the last token that `select` has selected for each slot."""
         self._text_batches = ShrinkingBatches(SCORE_BATCH, "texts")
         self._replay = DecodeReplay(self.language_model, capturer, self.device) if capturer else None
         self._upload = Upload(self.device) if self.device.type == "cuda" else None
@@ -172,8 +172,8 @@ class ModelRunner:
 
         Args:
             logits: float[R, V].
-            slots: in which the tokens will be appended.
-            rows: of the logits, for each of these slots.
+            slots: the slots to which the tokens will be appended.
+            rows: for each of these slots, its row of the logits.
             early: rows that must not end a text yet.
             end_ids: tokens that end a text.
         """

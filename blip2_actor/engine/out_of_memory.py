@@ -39,8 +39,8 @@ def catch_out_of_memory(work: Callable[[], ResultT]) -> ResultT | OutOfMemory:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory does not suffice.
 
-    On a CPU torch has no class of its own for it. It is raised where a limit of the system (`ulimit -v`)
-    refuses memory.
+    On a CPU torch has no exception class for it. It is raised if a limit of the system (`ulimit -v`) refuses
+    memory.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True

@@ -1,7 +1,7 @@
-"""What a model reads instead of writing: features of images and of texts, and scores of given texts.
+"""The calls that generate no text: features of images and of texts, and scores of given texts.
 
 Images are encoded in batches with whatever else is running; everything else is computed in the engine's
-thread, between two steps. Hidden states and attention maps take a pass of their own for each image or text.
+thread, between two steps. Hidden states and attention maps need a separate pass for each image or text.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _score(logprobs: list[float]) -> Score:
 
 
 def _with_recorded(result: ReadT, recorder: Recorder) -> ReadT:
-    """Add what was asked for to a result that is ok; what nobody asked for stays None."""
+    """Add what was requested to a result that is ok; the rest stays None."""
     if result.status is not Status.OK:
         return result
     return replace(

@@ -47,7 +47,7 @@ class RequestState:
         self.searches = self.make_searches()
 
     def restart(self) -> None:
-        """Start again at the first token. A text keeps the tokens that it has; beams are searched anew."""
+        """Start again at the first token. A text keeps its tokens; a beam search starts over."""
         before, self.searches = self.searches, self.make_searches()
         for search, old in zip(self.searches, before, strict=True):
             if isinstance(search, TextSearch) and isinstance(old, TextSearch):
@@ -58,7 +58,7 @@ class RequestState:
         return sum(search.num_slots for search in self.searches)
 
     def is_dropped(self) -> bool:
-        """Return True if the caller has cancelled the request; tell whoever waits for the future."""
+        """Return True if the caller has cancelled the request; then tell those who wait for the future."""
         if not self.future.cancelled():
             return False
         if not self._caller_knows:
@@ -95,7 +95,7 @@ class RequestState:
 
 
 def run_callbacks(end: Callable[..., object], *outcome: object) -> None:
-    """End a future in a way that runs its done callbacks: they are the callers', and may raise anything."""
+    """End a future, which runs its done callbacks: they are the callers', and may raise anything."""
     try:
         end(*outcome)
     except BaseException:  # a future itself logs errors below Exception

@@ -3,12 +3,12 @@
     waiting images --encode--> ready requests --prefill--> running texts --decode--> results
 
 One `step` encodes at most one batch of images on this thread (on a GPU, it keeps two queued on a second
-stream), fills free slots from the ready queue, appends one token to every running text, and retires the texts
-that are complete. On a CPU, texts of many slots sit out some steps (`step_shares`). One thread drives the
-scheduler, so there are no locks.
+stream), fills free slots from the ready queue, appends one token to every running text, and retires complete
+texts. On a CPU, texts of many slots sit out some steps (`step_shares`). One thread drives the scheduler, so
+there are no locks.
 
-A request of low priority takes what no other request wants. When another one needs its slots, it gives them
-up and begins again later; its tokens stay the same.
+A request of low priority takes only slots that no other request wants. When another one needs its slots, it
+gives them up and begins again later; its tokens stay the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MIN_FREE_SLOTS = 4
 
 @dataclass
 class Counters:
-    """What `EngineStats` reports of the texts."""
+    """The counters of texts in `EngineStats`."""
 
     num_decode_steps: int = 0
     num_tokens: int = 0
@@ -133,7 +133,7 @@ class Scheduler:
             self._retire(cancelled)
 
     def _free_slots_of_last_tokens(self) -> None:
-        """Free the slots of texts that may have no more tokens than those that are selected."""
+        """Free the slots of texts whose last allowed token is selected."""
         if self._unread:
             self.slots.free([text for text in self.slots.texts if text.has_last_token])
 
@@ -207,7 +207,7 @@ class Scheduler:
 
     def _decode(self) -> None:
         """Append the last token of the running texts to their slots, and select the next one."""
-        self._free_slots_of_last_tokens()  # of texts of one token, which the prefill has made
+        self._free_slots_of_last_tokens()  # of texts that the prefill has completed with one token
         if not self._reads_late or not all(text.takes_argmax for text in self.slots.texts):
             self._read_tokens()
         if not self.slots.texts:
@@ -246,7 +246,7 @@ class Scheduler:
 
         Args:
             logits: float[rows, V].
-            rows: of each text, those of its slots.
+            rows: for each text, the rows of its slots.
         """
         if self._reads_late and all(text.takes_argmax for text in texts):
             self._unread.add(logits, texts, [of_text[0] for of_text in rows])
@@ -269,7 +269,7 @@ class Scheduler:
             self._retire(finished)
 
     def _reorder_beams(self, texts: Sequence[RunningText], parents: list[list[int] | None]) -> None:
-        """Copy generated positions between the slots of a beam search, as far as beams changed places."""
+        """Copy generated positions between the slots of a beam search if beams changed places."""
         sources, targets, starts, stops = [], [], [], []
         for text, parents_of_text in zip(texts, parents, strict=True):
             if parents_of_text is None or text.search.done or text.length == text.prefix_length:

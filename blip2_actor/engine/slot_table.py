@@ -17,7 +17,7 @@ from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
 
 MAX_CHEAP_SLOTS = 5
-"""A request with more slots is costly: five beams are what many callers ask for."""
+"""A request with more slots is costly; many callers use five beams."""
 
 
 @dataclass(eq=False)
@@ -34,7 +34,7 @@ class RunningText:
     is_costly: bool = False
     """Whether it may have to sit out steps; see `StepShares`."""
     num_unread: int = 0
-    """Tokens that are selected and that the host has not read; see `UnreadTokens`."""
+    """Selected tokens that the host has not read yet; see `UnreadTokens`."""
 
     @property
     def takes_argmax(self) -> bool:
@@ -43,7 +43,7 @@ class RunningText:
 
     @property
     def known_token(self) -> int | None:
-        """The newest unread token, if it is one that the text takes again, whatever was selected."""
+        """The newest unread token, if the text takes a known token there, whatever was selected."""
         search = self.search
         assert isinstance(search, TextSearch), "beams are read at once"
         return search.known_token(len(search.token_ids) + self.num_unread - 1)
@@ -91,7 +91,7 @@ class SlotTable:
         return len(self._free)
 
     def youngest_of_low_priority(self, num_slots: int) -> list[RequestState]:
-        """Return the last requests of low priority that hold at least `num_slots` together, if there are.
+        """Return the last requests of low priority that together hold at least `num_slots`, if possible.
 
         They are in the order in which they were placed.
         """
@@ -123,7 +123,7 @@ class SlotTable:
         return text
 
     def free(self, texts: Collection[RunningText]) -> None:
-        """Remove texts from the table; those that have left it do not matter."""
+        """Remove texts from the table; those that are not in it are ignored."""
         removed = set(texts).intersection(self.texts)
         self.texts = [text for text in self.texts if text not in removed]
         for text in removed:
@@ -153,7 +153,7 @@ class SlotTable:
         for _, source, _ in moving:
             self._owners[source] = None
         for text, source, target in moving:
-            assert text is not None  # it is one of those whose slots were asked
+            assert text is not None, "only slots with an owner move"
             text.slots[text.slots.index(source)] = target
             self._owners[target] = text
         self._free = list(range(self.num_used, len(self._owners)))
@@ -168,6 +168,6 @@ class SlotTable:
 
 
 def _moves(slots: Collection[int], places: range) -> list[tuple[int, int]]:
-    """Pair the slots that are outside of as many places with the places that are none of them."""
+    """Pair the slots that are outside `places` with the places that are free."""
     outside = sorted(slot for slot in slots if slot not in places)
     return list(zip(outside, sorted(set(places).difference(slots)), strict=True)) if outside else []

@@ -1,9 +1,9 @@
-"""Who takes part in the next decode step, where a step costs by its rows.
+"""Which texts take part in the next decode step, if the cost of a step grows with its rows.
 
 On a CPU, a text of 16 beams makes the steps of every text next to it several times as long. So the texts of
-requests with many slots sit out steps while others run: what they add to the time of steps is at most half
-of it. Where they add little, they sit out few. On a GPU a step takes about as long for any number of rows,
-and everybody takes part in all of them.
+requests with many slots sit out steps while others run: they add at most half of the time of steps. If they
+add little, they sit out few. On a GPU a step takes about as long for any number of rows, and all texts take
+part in every step.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class StepShares:
     def __init__(self, clock_s: Callable[[], float] = time.perf_counter) -> None:
         self._clock_s = clock_s
         self._step_s: float | None = None
-        """What the last step without costly texts took while there were some; None if there was none yet."""
+        """Duration of the last step that costly texts sat out; None before the first."""
         self._owed_s = 0.0
-        """What costly texts have taken of the others and not given back. It stays while either are away."""
+        """Time that costly texts have taken from the others and not given back yet."""
 
     @contextmanager
     def next_texts(self, texts: Sequence[RunningText]) -> Iterator[Sequence[RunningText]]:
-        """Choose those that take part in the next step, which is what the block does."""
+        """Choose the texts for the next step, which the block takes."""
         others = [text for text in texts if not text.is_costly]
         if not others or len(others) == len(texts):
             yield texts

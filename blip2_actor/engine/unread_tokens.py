@@ -1,9 +1,9 @@
-"""Tokens that are selected on the device and that the host has not read yet.
+"""Tokens that are selected on the device but not read by the host yet.
 
-A GPU would be idle while the host reads the tokens of a step, notes them and prepares the next step. So the
-next step is queued before, with tokens that only the device knows. The host learns one step late that a text
-has ended, and throws away what that step has made of it. A text that ends because it may have no more tokens
-leaves its slot in time.
+A GPU would be idle while the host reads the tokens of a step, records them and prepares the next step. So the
+next step is queued first, with tokens that only the device knows. The host learns one step late that a text
+has ended, and discards what that step computed for it. A text that ends because it has all its tokens leaves
+its slot in time.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class UnreadTokens:
         return len(self._batches)
 
     def add(self, logits: Tensor, texts: Sequence[RunningText], rows: Sequence[int]) -> None:
-        """Select the largest logit of each text, apart from early ends; each text takes nothing but that.
+        """Select the largest logit of each text, apart from early ends, for texts that need nothing else.
 
         Args:
             logits: float[rows, V].
-            rows: of each text, that of its slot.
+            rows: for each text, the row of its slot.
         """
         early = [row for text, row in zip(texts, rows, strict=True) if text.end_is_banned]
         end_ids = texts[0].search.vocabulary.end_ids
@@ -54,7 +54,7 @@ class UnreadTokens:
         """Wait for the tokens of all steps but the last ones, and let the texts accept them.
 
         Returns:
-            The text of each token that was accepted, so that a text may come twice.
+            The text of each accepted token, so a text may occur twice.
         """
         accepted = []
         while len(self._batches) > num_left:
@@ -72,7 +72,7 @@ class UnreadTokens:
 def _is_wanted(text: RunningText) -> bool:
     """Return whether a text goes on: not if it has ended, or its request was begun again or dropped.
 
-    A text without its slot is known here alone, so that whoever waits for its request is told here.
+    A text that has left its slot is known only here, so this also tells those who wait for its request.
     """
     request = text.request
     is_current = any(search is text.search for search in request.searches)

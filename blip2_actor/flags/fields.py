@@ -29,7 +29,7 @@ def add_flags(
 
     Args:
         without: names of fields that get no flag.
-        prefix: begins the name of each flag.
+        prefix: prefix of each flag's name.
     """
     help_of = field_docs(cls)
     for field, hint in _fields(cls, without):
@@ -77,7 +77,7 @@ def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
 def flag_fields(
     cls: type, prefix: str = "", without: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Yield each field with a flag, also of the dataclasses inside, with its name as `build` takes it."""
+    """Yield each field with a flag, inner dataclasses included, with its name as `build` takes it."""
     for field, hint in _fields(cls, without):
         if dataclasses.is_dataclass(hint):
             yield from flag_fields(typing.cast(type, hint), _prefix(field), _hidden(field))
@@ -94,8 +94,8 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 def with_flags(text: str, cls: type, prefix: str = "") -> str:
     """Replace the names of a dataclass's fields in a text by the names of their flags.
 
-    A name of one word is also an English word: it is replaced at the beginning in front of "must", and
-    behind "with" or "without" where the clause ends. Paths and quoted values stay as they are.
+    A name of one word is also an English word: it is replaced only at the beginning before "must", and after
+    "with" or "without" at the end of a clause. Paths and quoted values stay as they are.
     """
     flags = {field.name: flag_of(name) for name, field in flag_fields(cls, prefix)}
     for name, flag in flags.items():
@@ -156,7 +156,7 @@ def written_as(metavar: str) -> dict[str, Any]:
 
 
 def positional() -> dict[str, Any]:
-    """Return metadata for a field whose flag may be left out: its values stand where no flag takes them."""
+    """Return metadata for a field whose flag may be left out, because its values may be positional."""
     return {"positional": True}
 
 

@@ -19,7 +19,7 @@ from blip2_actor.transfer import to_device
 
 
 class WrongScores(ValueError):
-    """A request's own logits processor has returned something else than scores."""
+    """A request's own logits processor has returned something other than scores."""
 
 
 class SequenceSoFar(NamedTuple):
@@ -78,7 +78,7 @@ def run_processor(processor: LogitsProcessor, sequences: Sequence[SequenceSoFar]
     """Return the scores of one request after its own logits processor: float32[N, V] -> float32[N, V].
 
     Raises:
-        WrongScores: the processor returns something else than scores. It may raise anything itself.
+        WrongScores: the processor returns something other than scores. It may itself raise anything.
     """
     token_ids = np.array([[*prefix_ids, *token_ids] for _, prefix_ids, token_ids in sequences], np.int64)
     processed = processor(to_device(token_ids, scores.device), scores)
@@ -120,7 +120,7 @@ def _ngram_endings(token_ids: list[int], ngram_size: int) -> list[int]:
 def _bad_word_endings(
     token_ids: list[int], bad_words_ids: Sequence[Sequence[int]], end_ids: Sequence[int]
 ) -> list[int]:
-    """Return the tokens that would complete a bad word; an end token alone is none, as in the reference."""
+    """Return the tokens that would complete a bad word; as in the reference, a lone end token is not one."""
     endings = []
     for *beginning, last in bad_words_ids:
         is_begun = token_ids[len(token_ids) - len(beginning) :] == beginning

@@ -67,7 +67,7 @@ class TextSearch:
     def repeat(self, before: TextSearch) -> None:
         """Take the tokens of an unfinished search instead of those that are selected, and go on after them.
 
-        Whoever has seen its text must not get another one. In another batch the device may round a logit
+        A caller who has seen the text must not get another one. In another batch the device may round a logit
         differently, and a caller's processor need not repeat itself.
         """
         num_taken = len(before.token_ids)
@@ -79,7 +79,7 @@ class TextSearch:
         return self.known_token(len(self.token_ids)) is not None
 
     def known_token(self, position: int) -> int | None:
-        """Return the token that the text takes again at a position; None if it is a new one."""
+        """Return the token that the text takes again at a position; None if the token is new."""
         return self._known[position][0] if position < len(self._known) else None
 
     def tokens(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""The arguments of an engine's calls, in all forms in which people write them.
+"""Normalize the arguments of an engine's calls, in all forms in which people write them.
 
 A wrong type is a `TypeError` that names the argument; only a bad image or text becomes a status instead.
 """
@@ -66,7 +66,7 @@ def to_list(name: str, values: Iterable[Any]) -> list[Any]:
     """Return images as a list.
 
     Raises:
-        TypeError: it is one image, or no list.
+        TypeError: it is a single image, or not a list.
     """
     return _to_list(name, values, _is_one_image(values))
 
@@ -75,7 +75,7 @@ def to_texts(name: str, values: Iterable[Any]) -> list[Any]:
     """Return texts, or the token ids or attention masks of texts, as a list.
 
     Raises:
-        TypeError: it is one text, or no list.
+        TypeError: it is a single text, or not a list.
     """
     is_one = values.ndim < 2 if _has_numbers(values) else isinstance(values, str | bytes)
     return _to_list(name, values, is_one)
@@ -108,7 +108,7 @@ def to_options(options: GenerationOptions, changes: Mapping[str, Any]) -> Genera
     """Return options with some of them changed, as in `generate(image, max_new_tokens=30)`.
 
     Raises:
-        TypeError: `options` are none, or a name is unknown.
+        TypeError: `options` is of another type, or a name is unknown.
         ValueError: as from `GenerationOptions`.
     """
     if not isinstance(options, GenerationOptions):
@@ -117,7 +117,7 @@ def to_options(options: GenerationOptions, changes: Mapping[str, Any]) -> Genera
 
 
 def _is_list(value: object) -> bool:
-    """False for an open file too, whose lines are no images, and for an array without axes."""
+    """False for an open file, whose lines are not images, and for an array without axes."""
     is_iterable = isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
     return is_iterable and not isinstance(value, Mapping) and not hasattr(value, "read")
 
@@ -129,12 +129,12 @@ def _to_list(name: str, values: Iterable[Any], is_one: bool) -> list[Any]:
 
 
 def _is_one_image(value: object) -> bool:
-    """True also for an array or a tensor with the axes of one image; with four, it is a batch."""
+    """Whether a value is one image; an array or tensor with four axes is a batch."""
     return value.ndim != 4 if _has_numbers(value) else isinstance(value, _ONE_IMAGE)
 
 
 def _has_numbers(value: object) -> TypeGuard[np.ndarray | torch.Tensor]:
-    """False for arrays of texts, such as paths, and of objects, which are lists."""
+    """False for arrays of texts, such as paths, and of objects; these count as lists."""
     return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
 
 

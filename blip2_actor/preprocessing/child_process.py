@@ -59,7 +59,7 @@ class ChildProcess:
             _enlarge(fd)
         self._unsent: deque[memoryview] = deque()
         self.received = bytearray()
-        """Replies that nobody has taken yet; the last one may be incomplete."""
+        """Replies that are not taken yet; the last one may be incomplete."""
         self.sandbox: SandboxReport | None = None
         """What the child can no longer do; None until it has started."""
 
@@ -97,7 +97,7 @@ class ChildProcess:
         """Append to `received` what the pipe holds, without waiting.
 
         Returns:
-            False after the last byte, or if the child has begun with something else than its hello.
+            False after the last byte, or if the child began with something other than its hello.
         """
         try:
             chunk = os.read(self._stdout_fd, _READ_BYTES)

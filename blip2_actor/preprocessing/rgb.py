@@ -57,8 +57,8 @@ def load(image: Image.Image) -> None:
 def _scale_of(image: Image.Image, color: object) -> Callable[[Any], int] | None:
     """Return what scales a transparent color; None if it has 8 bits.
 
-    An image that was loaded before no longer says it: then 16 bits show in the color, and 2 or 4 bits if all
-    grays are multiples, and one of them is that of the color.
+    An image that is already loaded no longer tells its depth. Then 16 bits show in the color, and 2 or 4 bits
+    if all grays are multiples and one of them is the color's.
     """
     if tile := getattr(image, "tile", None):
         return _TO_8_BITS.get(tile[0][3]) if isinstance(image, PngImagePlugin.PngImageFile) else None
@@ -179,7 +179,7 @@ def _stretch(image: Image.Image) -> Image.Image:
 
 
 def _has_blank_alpha(image: Image.Image) -> bool:
-    """Return whether an image is a BMP whose alpha nobody has filled in, which viewers show as opaque."""
+    """Return whether an image is a BMP whose alpha channel was left empty, which viewers show as opaque."""
     return image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
 
 
