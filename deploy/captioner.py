@@ -43,7 +43,7 @@ logger = logging.getLogger("ray.serve")
 STALLED_AFTER_S = 120.0
 """An engine that has work and makes no progress for this long is replaced; compiling takes less."""
 CROSS_ATTENTIONS = "qformer.*.cross_attention"
-"""The maps that say where in the image the Q-Former looked."""
+"""Attention maps that show where in the image the Q-Former looked."""
 GATHER_S = 0.02
 """Results of a batch travel together if they are finished within this time of each other."""
 NUM_WAITING_THREADS = 64
@@ -65,12 +65,12 @@ class Captioner:
         self._actor.engine.step_watchers.append(observe_step)
         self._threads = ThreadPoolExecutor(NUM_WAITING_THREADS, "waiting")
         self._threads_of_batches = ThreadPoolExecutor(NUM_WAITING_THREADS, "waiting-batch")
-        """Those for batch work, which waits as long as others keep the engine busy."""
+        """Threads for batch work, which waits while other requests keep the engine busy."""
         self._progress: tuple[int, ...] = ()
         self._progress_at_s = time.monotonic()
 
     async def run(self, pixels: np.ndarray, work: ImageWork) -> ImageOutputs:
-        """Make everything that is asked of uint8[S, S, 3]; a caller that disconnects frees its slots.
+        """Make all outputs of an image, uint8[S, S, 3]; a caller that disconnects frees its slots.
 
         Without a retrieval model, `matches` and `contrastive` must not be asked for.
 
@@ -86,7 +86,7 @@ class Captioner:
     ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
         """Yield the texts in pieces as they grow, and at the end what `run` returns.
 
-        Texts of beam search, and several texts per prompt, come in no pieces.
+        Texts of beam search, and several texts per prompt, are not sent in pieces.
 
         Raises:
             OtherModel: as `run`.
@@ -119,12 +119,12 @@ class Captioner:
     async def run_batch(
         self, images: np.ndarray, work: BatchWork, digest: str
     ) -> AsyncGenerator[list[tuple[int, BatchOutcome]], None]:
-        """Work on uint8[N, S, S, 3] at low priority; yield positions and outcomes as they are finished.
+        """Work on images, uint8[N, S, S, 3], at low priority; yield positions and outcomes as they finish.
 
         A caller that leaves frees the slots of its texts, and the threads that wait for the rest.
 
         Raises:
-            OtherModel: the digest of the model is another one.
+            OtherModel: the model has another digest.
         """
         if self._actor.info.digest != digest:
             raise OtherModel
@@ -224,7 +224,7 @@ class Captioner:
         return result
 
     async def _wait(self, wanted: object, call: Callable[[], list[T]]) -> list[T]:
-        """Return what a call of an engine returns, without blocking the loop; nothing if it is not wanted."""
+        """Return the result of an engine's call without blocking the loop; an empty list if not wanted."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, call) if wanted else []
 
@@ -264,7 +264,7 @@ class Captioner:
 
 
 def _attributes(done: asyncio.Future[Result]) -> dict[str, str | int]:
-    """Return what a trace says of a text; never the text."""
+    """Return what a trace says about a text, never the text itself."""
     if done.cancelled() or done.exception() is not None:
         return {"blip2.status": "cancelled" if done.cancelled() else "failed"}
     result = done.result()
@@ -272,7 +272,7 @@ def _attributes(done: asyncio.Future[Result]) -> dict[str, str | int]:
 
 
 def _added(sent: list[str], index: int, text: str) -> TextPiece | None:
-    """Return what a text has grown by since the last piece, and note it."""
+    """Return and record the part of a text that is new since the last piece."""
     before = sent[index]
     if text == before or not text.startswith(before):  # a text that has failed is empty
         return None

@@ -35,7 +35,7 @@ class Fetching:
         """
         leave = await self._gate.enter(1, 1, CALLER.get().name)
         call = asyncio.get_running_loop().run_in_executor(self._threads, fetch_image, image.url, self._policy)
-        # The thread is busy until the image is there, also when nobody waits for it any longer.
+        # The thread is busy until the image is there, even if the caller has left.
         call.add_done_callback(lambda _: leave())
         try:
             return await asyncio.shield(call)

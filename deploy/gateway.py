@@ -31,7 +31,7 @@ from deploy.settings import Settings
 logger = logging.getLogger("ray.serve")
 
 STORE_WITHIN_S = 5.0
-"""Seconds for asking the cluster whether the service is drained."""
+"""Maximum seconds for asking the cluster whether the service is drained."""
 
 
 class Gateway(Service):
@@ -43,7 +43,7 @@ class Gateway(Service):
         settings: Settings,
         others: Mapping[str, DeploymentHandle] | None = None,
     ) -> None:
-        """Wait for the engines of the first model; those of others may sleep until a request names them.
+        """Wait for the engines of the first model; those of others may be stopped until a request names them.
 
         Args:
             captioner: the replicas of the first model.
@@ -72,7 +72,7 @@ class Gateway(Service):
         super().__init__(settings, models, readiness, Fleet(captioner.app_name, deployments), finished_run)
         logger.info("%s", self._decoding.of(self.first.info.image_size_px).sandbox_report())
         self._was_told = False
-        """Whether the operator has called since the store was last read; what is read next may be older."""
+        """Whether the operator has called since the store was last read; the next value read may be older."""
         await self.check_health()
         if self.stats()["is_draining"]:
             logger.warning("an operator has drained the service; POST /admin/resume ends that")
@@ -88,10 +88,7 @@ class Gateway(Service):
         await self._admission.drain()
 
     async def check_health(self) -> None:
-        """Show what goes on, and follow what the operator has asked of all gateways.
-
-        This one may have missed it at its start.
-        """
+        """Set the metrics, and follow the operator's last call to all gateways, in case it was missed."""
         self._admission.show()
         self._shared_work.show()
         try:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import psutil
 
 ENDED_WITHIN_S = 10.0
-"""How long processes that are killed may take to end."""
+"""Maximum seconds for killed processes to end."""
 
 
 class RayStartFailed(RuntimeError):

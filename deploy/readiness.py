@@ -1,4 +1,4 @@
-"""Whether engines are there, from what Serve's controller knows: none is asked, and none is started."""
+"""Whether engines run, according to Serve's controller: no engine is asked, and none is started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ANSWER_WITHIN_S = 5.0
 
 
 class Readiness:
-    """Ready while an engine runs, however long its line is, and while all were stopped for want of work."""
+    """Ready while an engine runs, however long its queue is, and while all are stopped for lack of work."""
 
     def __init__(self, application: str, deployments: Sequence[str]) -> None:
         """Start as ready, as a gateway starts after an engine has answered.

@@ -1,4 +1,4 @@
-"""What the routes ask for: admission, images, and the work of engines; `Gateway` puts HTTP before it."""
+"""What the routes need: admission, images, and the work of engines; `Gateway` puts HTTP in front of it."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Service:
         """Put a service together.
 
         Args:
-            settings: its limits.
-            models: what answers.
-            readiness: whether engines are there.
+            settings: the limits of the service.
+            models: the models and their captioners.
+            readiness: knows whether engines run.
             fleet: all replicas, for the operator.
             finished_run: of the first model; None answers nothing from a run.
         """
@@ -78,10 +78,10 @@ class Service:
 
     @asynccontextmanager
     async def model(self, name: str | None, *, may_be_on_trial: bool = False) -> AsyncIterator[ServedModel]:
-        """Let the block have the model that a request names, or the first one.
+        """Provide the model that a request names, or the first one, inside the block.
 
-        The engines of others may start for it. Then the request is admitted before it waits for them, and its
-        time is that of the block.
+        The engines of other models may have to start first. Then the request is admitted before it waits for
+        them, and its time limit covers the whole block.
 
         Args:
             may_be_on_trial: whether the model of an A/B test may take the place of the first one.
@@ -119,7 +119,7 @@ class Service:
 
     @asynccontextmanager
     async def serve(self, cost: Cost | None) -> AsyncIterator[None]:
-        """Do as `admit`, but hold no slots: the block holds them part by part, with `slots`.
+        """Admit like `admit`, but hold no slots: the block takes them part by part, with `slots`.
 
         Args:
             cost: of all parts; None if it is not known yet.
@@ -135,15 +135,15 @@ class Service:
             raise
 
     def slots(self, cost: Cost) -> AbstractAsyncContextManager[None]:
-        """Wait for slots, and hold them while the block runs, which is inside one of `serve`."""
+        """Wait for slots, and hold them while the block runs; call it inside a block of `serve`."""
         return self._admission.slots(cost)
 
     def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:
-        """Admit batch work next to all other requests; the block calls what it gets now and then.
+        """Admit batch work next to all other requests; the block must now and then call what it gets.
 
         Raises:
-            ApiError: 403 when the key has no right to it; 503 when there is enough, and from the call when
-                the work should end because the service does, or its time is over.
+            ApiError: 403 if the key has no right to it; 503 if there is enough batch work. The function
+                raises it when the work should end, because the service does or its time is over.
         """
         _record(cost)
         return self._admission.admit_batch(cost)
@@ -272,7 +272,7 @@ class Service:
         if outputs.failure is not None:
             raise of_status(*outputs.failure)
         if outputs.model is not None and outputs.model != model.info:
-            # Its engines have been replaced since this process has asked them.
+            # Its engines were replaced after this process asked them.
             self._models.update(model, outputs.model)
             if model.is_first:
                 self._finished_run = None  # it was of the former model

@@ -51,7 +51,7 @@ _PLACES = {
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineImageLimits(ImageLimits):
-    """Limits for one image; tighter than in a batch job, because somebody waits for the answer."""
+    """Limits for one image; tighter than in a batch job, because a caller waits for the answer."""
 
     max_file_bytes: int = 20 << 20
     cpu_s: float = 10.0
@@ -216,7 +216,7 @@ class Settings:
 
     @property
     def image_policy(self) -> FetchPolicy:
-        """What one image may weigh, and from which hosts and how long it may be fetched."""
+        """Limits of size and time for one image, and the hosts from which it may be fetched."""
         return FetchPolicy(
             hosts=self.allow_image_host,
             max_bytes=self.image.max_file_bytes,
@@ -276,7 +276,7 @@ def is_address(host: str) -> bool:
 
 
 class _EngineFlags(Parser):
-    """The flags behind a further model; what is wrong is a ValueError."""
+    """The flags after a further model; a wrong one is a ValueError."""
 
     def __init__(self) -> None:
         super().__init__(requires=False)

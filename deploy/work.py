@@ -1,7 +1,7 @@
-"""What a gateway asks a captioner to make of one image, and what comes back: plain values that travel.
+"""What a gateway asks of a captioner, and what comes back: plain values that are sent between processes.
 
 Everything in one `ImageWork` shares one pass of the vision encoder. While an endpoint is updated, the values
-travel between two versions of this module, by the names of their classes and fields.
+are sent between two versions of this module, by the names of their classes and fields.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from blip2_actor import (
 )
 
 READ_AT_ONCE = 8
-"""Scores or features of batch work between two steps of the engine, in which all other texts wait."""
+"""Scores or features of batch work that are computed between two steps, while all other texts wait."""
 
 
 class OtherModel(RuntimeError):
@@ -59,7 +59,7 @@ class TextOfBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class TextToScore:
-    """A text whose probability after the image and a prompt is asked."""
+    """A text whose probability after the image and a prompt is requested."""
 
     text: str
     prompt: str | None = None
@@ -74,12 +74,12 @@ class ScoreOfBatch:
 
 
 BatchOutcome = Result | Score | Features
-"""What is made for one position of `BatchWork`."""
+"""The outcome of one position of `BatchWork`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchWork:
-    """What a batch job asks of the images that it sends. Positions go through the three in turn."""
+    """What a batch job asks of its images. Positions count texts, then scores, then features."""
 
     texts: tuple[TextOfBatch, ...] = ()
     scores: tuple[ScoreOfBatch, ...] = ()
@@ -120,7 +120,7 @@ class ImageWork:
     contrastive: bool = False
     """Whether the retrieval model's vectors of the image are wanted."""
     attention: bool = False
-    """Whether it is wanted where the Q-Former looked."""
+    """Whether the places where the Q-Former looked are wanted."""
     token_texts: bool = False
     """Whether the text of each token is wanted."""
 
@@ -137,7 +137,7 @@ class ImageOutputs:
     attention: np.ndarray | None = None
     """float32[R, R], as `Features.attention_grid`; only if it is wanted."""
     model: ModelInfo | None = None
-    """What made them. During an update, not every captioner has the model that a gateway knows."""
+    """The model that made them. During an update, it may not be the one that the gateway knows."""
     token_texts: tuple[tuple[str, ...], ...] = ()
     """What each token adds to its text, one entry for each of `completions`; only if it is wanted."""
 
@@ -161,4 +161,4 @@ class TextPiece:
     index: int
     """Which of `ImageWork.texts`."""
     text: str
-    """What has been added; the pieces of a text join to the text of its result."""
+    """The added text; the pieces of a text join to the text of its result."""

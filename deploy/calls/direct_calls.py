@@ -1,11 +1,10 @@
 """Calls to a replica without Serve's handshake, which costs a fifth of the CPU time of a request.
 
 Serve makes each call a stream, whose first item says whether the replica has room: a proxy or a gateway that
-has counted wrongly asks another replica. Where there is one replica, there is nothing to choose: a call is
-sent at once, and those beyond the limit of the replica wait with their caller, by its own count. If this
-replica has died without its callers' knowledge, the calls that it gets fail: a gateway asks again then, with
-the handshake, and the front of a proxy answers 503. As soon as there is a second replica, as in an update,
-every call has the handshake.
+has counted wrongly asks another replica. With one replica there is nothing to choose: a call is sent at once,
+and calls beyond the limit of the replica wait at their caller, by its own count. If this replica has died
+without its callers' knowledge, calls to it fail: a gateway then asks again, with the handshake, and the front
+of a proxy answers 503. As soon as there is a second replica, as in an update, every call has the handshake.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class DirectRouter(PowerOfTwoChoicesRequestRouter):
         return _DirectReplica(replica_info, self)
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
-        """Keep the own count where a replica is not asked first and says nothing."""
+        """Keep our own count if replicas are called without the handshake, which would report theirs."""
         if self.asks_first:
             super().on_new_queue_len_info(replica_id, num_ongoing_requests)
 

@@ -1,4 +1,4 @@
-"""Which calls have Serve's handshake. Apart from the router, whose module Serve pickles by value."""
+"""Which calls have Serve's handshake; not in the router's module, because Serve pickles that by value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HAS_HANDSHAKE = ContextVar("_HAS_HANDSHAKE", default=False)
 
 @contextmanager
 def handshake() -> Iterator[None]:
-    """Give the calls that begin in the block Serve's handshake, so that dead replicas cost no try."""
+    """Give calls that begin in the block Serve's handshake, so that dead replicas do not use up a try."""
     token = _HAS_HANDSHAKE.set(True)
     try:
         yield

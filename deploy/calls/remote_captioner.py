@@ -25,8 +25,8 @@ from deploy.work import BatchOutcome, BatchWork, ImageOutputs, ImageWork, OtherM
 class Models:
     """The models of a service by name, each with captioners of its own.
 
-    Only its engines know what decides a model's answers. They are asked when a request names the model for
-    the first time, so that those of a model that nobody uses may stay stopped.
+    Only its engines can describe a model. They are asked when a request names the model for the first time,
+    so that the engines of unused models may stay stopped.
     """
 
     first: ServedModel
@@ -39,7 +39,7 @@ class Models:
         self._others = others
         self._settings = settings
         self._served: dict[str, ServedModel] = {}
-        """The others whose engines have answered."""
+        """The other models whose engines have answered."""
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._calibration: Calibration | None = None
 
@@ -61,18 +61,18 @@ class Models:
         return self._first if model.is_first else self._others[model.name]
 
     def find(self, name: str) -> ServedModel | None:
-        """Return a model whose engines have answered, else None; raise ApiError 404 if none has the name."""
+        """Return a model if its engines have answered, else None; raise ApiError 404 for an unknown name."""
         require_name(self.names, name)
         return self._served.get(name) if name in self._others else self.first
 
     def known(self, name: str) -> ServedModel | None:
-        """Return a further model whose engines have answered; else have them started, and return None."""
+        """Return a further model if its engines have answered; otherwise start them, and return None."""
         if name not in self._served:
             self._begin_to_ask(name)
         return self._served.get(name)
 
     async def get(self, name: str) -> ServedModel:
-        """Return a further model; if it is asked for the first time, wait for its engines.
+        """Return a further model; wait for its engines if they have not answered yet.
 
         Raises:
             ApiError: 503; no engine can answer.
@@ -93,7 +93,7 @@ class Models:
             self._served[name] = self._describe(name, False, await self._others[name].info(), None)
 
     def update(self, model: ServedModel, info: ModelInfo) -> None:
-        """Know a model from now on as the engine describes it that has just answered."""
+        """Replace the description of a model by that of the engine that has just answered."""
         options = self._settings.options.resolve(info.generation_config)
         updated = replace(model.made_by(info), options=options)
         if model.is_first:
@@ -154,8 +154,8 @@ class RemoteCaptioner:
     async def _answer(self, method: str, *arguments: Any) -> Any:
         """Return what a method of a captioner returns.
 
-        A captioner may die meanwhile. Then another one is asked, once: an image that kills its captioner must
-        not reach all of them. Those that were dead before do not count.
+        If the captioner dies meanwhile, another one is asked, but only once: an image that kills its
+        captioner must not reach all of them. Captioners that were already dead do not count.
         """
         with _no_engine_is_503():
             try:
@@ -174,7 +174,7 @@ class RemoteCaptioner:
             raise
 
     async def _items(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
-        """Yield what a method of a captioner yields; as in `_answer`, until the first item is there."""
+        """Yield what a method of a captioner yields; ask again as `_answer` does, until the first item."""
         is_started = False
         with _no_engine_is_503():
             for again in (False, True):

@@ -1,7 +1,7 @@
-"""Work that several requests wait for, whose calls do not end with the request that has begun it.
+"""Work that several requests wait for, whose calls do not end with the request that began it.
 
-When a client leaves, Ray cancels all calls that its request has begun, and Serve those that have no replica
-yet (Ray 2.60). Both know them by the context of the request, which a new task inherits.
+When a client leaves, Ray cancels all calls that its request has begun, and Serve cancels those that have no
+replica yet (Ray 2.60). Both find them by the context of the request, which a new task inherits.
 """
 
 from __future__ import annotations

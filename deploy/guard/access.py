@@ -47,8 +47,8 @@ class Access:
         Args:
             allowed_hosts: names next to localhost and addresses; "*" allows all.
             allowed_origins: origins of other pages, such as "https://app.example.com"; "*" allows all.
-            keys: who may ask; None lets anybody.
-            admin_keys: who may operate the service; None lets nobody.
+            keys: who may send requests; None allows everybody.
+            admin_keys: who may operate the service; None allows nobody.
             max_in_flight: quota of a key that has none of its own.
         """
         self._app = app

@@ -25,7 +25,7 @@ from deploy.observe.request_record import timed
 BATCH_LEAD = 2
 """Batch work for this many times the slots is held, so that an engine always has some."""
 SMALL_SLOT_STEPS = 1024
-"""Most slot-steps of small work: a caption of 30 tokens has 30, or 150 with five beams."""
+"""Maximum slot-steps of small work: a caption of 30 tokens has 30, or 150 with five beams."""
 
 
 _IS_SERVED: ContextVar[bool] = ContextVar("_IS_SERVED", default=False)
@@ -59,11 +59,11 @@ class Admission:
             raise unavailable("the service is draining")
 
     def set_draining(self, is_draining: bool) -> None:
-        """Refuse what comes from now on, or take it again."""
+        """Refuse new requests from now on, or accept them again."""
         self._is_draining = is_draining
 
     async def drain(self) -> None:
-        """Refuse what comes for good, and wait until everything that was admitted has its answer."""
+        """Refuse new requests for good, and wait until every admitted one has its answer."""
         self._is_ending = True
         await self._is_idle.wait()
 
@@ -133,9 +133,9 @@ class Admission:
     async def admit_batch(self, cost: Cost) -> AsyncIterator[Callable[[], None]]:
         """Hold what batch work costs, next to all other requests, while the block runs.
 
-        The block gets a function that raises ApiError when it should end: the gateway is draining, or the
-        time is over. Then 504 says that the work is too long for it, and 503 that others have the slots.
-        Batch work does not hold up draining, and nothing waits for its slots.
+        The block gets a function that raises ApiError when it should end: because the gateway is draining, or
+        because its time is over: 504 if the work is too long for it, 503 if others have the slots. Batch work
+        does not hold up draining, and nothing waits for its slots.
 
         Raises:
             ApiError: 403 or 503.

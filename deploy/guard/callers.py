@@ -1,4 +1,4 @@
-"""Who sends a request: set once by the check of keys, read by whatever shares something out."""
+"""The caller of a request: set once by the check of keys, read by code that divides resources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Somebody with a share of the service."""
+    """A user of the service, who has a share of it."""
 
     name: str
     """Name of the key, or the address of a caller without one."""

@@ -1,7 +1,7 @@
 """A connection of the server inside Serve's proxy, with the limits that uvicorn has no settings for.
 
-uvicorn waits for ever for the end of a header section, and keeps all of it. Serve makes the server itself and
-passes no limits on, so `install` names this class in uvicorn's table of protocols.
+uvicorn waits without limit for the end of a header section, and keeps all of it. Serve creates the server
+itself and passes no limits on, so `install` enters this class in uvicorn's table of protocols.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from deploy.http.errors import ApiError
 HEADERS_WITHIN_S = 10.0
 """Seconds from the first byte of a request, or from the connection, to the end of its headers."""
 MESSAGE_WITHIN_S = 90.0
-"""Seconds until the whole request must be there; longer than a body may take, whose end has an answer."""
+"""Seconds until the whole request must be there; a body may take less, so that a late one is answered."""
 MAX_HEADER_BYTES = 32 << 10
 MAX_HEADERS = 100
 CLOSE_WITHIN_S = 30.0
 """Seconds from an answer that ends the connection to the close, while the client still sends."""
 DISCARDED_AT_ONCE = 256 << 10
 DISCARD_PAUSE_S = 0.05
-"""After an answer that came before the end of its body, so many bytes are read before a pause: 5 MiB/s. Most
-clients read an answer only when they have sent everything. At full speed, two of them whose uploads are
-refused again and again send 150 MiB/s."""
+"""After an answer before the end of the body, this many bytes are read between two pauses: 5 MiB/s. Most
+clients read an answer only when they have sent everything. At full speed, two clients whose uploads are
+refused again and again would send 150 MiB/s."""
 
 
 def install() -> None:
@@ -36,11 +36,11 @@ def install() -> None:
 
 
 class GuardedConnection(HttpToolsProtocol):
-    """HTTP/1.1 with an end to headers, and no other protocol; a request that breaks a limit has an answer."""
+    """HTTP/1.1 with limits on headers, and no other protocol; a request that breaks a limit is answered."""
 
     _timer: asyncio.TimerHandle | None = None
     _overhead_bytes = 0
-    """Bytes of headers, chunk sizes and trailers since the last byte of a body, without what follows the
+    """Bytes of headers, chunk sizes and trailers since the last byte of a body, without bytes that follow the
     headers in the same piece."""
     _has_headers = False
     _cycle_before: RequestResponseCycle
@@ -50,7 +50,7 @@ class GuardedConnection(HttpToolsProtocol):
     _is_last = False
     """Nothing more is read; the connection ends after the answers that are under way."""
     _num_discarded = 0
-    """Bytes that nobody wants since the last pause."""
+    """Discarded bytes since the last pause."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -69,7 +69,7 @@ class GuardedConnection(HttpToolsProtocol):
 
     @property
     def is_receiving(self) -> bool:
-        """Whether the client is in the middle of a body, or has sent something that is no request."""
+        """Whether the client is in the middle of a body, or has sent something that is not a request."""
         return self._is_last or self._has_headers
 
     @property
@@ -82,7 +82,7 @@ class GuardedConnection(HttpToolsProtocol):
             self._discard(len(data))
             return
         self._overhead_bytes += len(data)
-        # Line breaks before a request begin no message, and end no wait.
+        # Line breaks before a request do not begin a message, so the timer starts here.
         if not self._has_headers and self._timer is None:
             self._expect_headers()
         self._parse(data)
@@ -104,9 +104,9 @@ class GuardedConnection(HttpToolsProtocol):
             self.send_400_response(str(error))
 
     def _parse_without_upgrade(self) -> None:
-        """Parse the headers again as those of the plain request that one with an upgrade also is.
+        """Parse the headers of an upgrade request again, as those of a plain request.
 
-        The parser takes what follows such headers for another protocol, also a body.
+        Otherwise the parser takes everything after such headers, even a body, for another protocol.
         """
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if self._is_ending:
@@ -159,7 +159,7 @@ class GuardedConnection(HttpToolsProtocol):
             self._discard(len(body))
 
     def _discard(self, num_bytes: int) -> None:
-        """Pause after enough bytes of a body whose request has its answer already."""
+        """Pause after enough bytes of a body whose request is already answered."""
         self._num_discarded += num_bytes
         if self._num_discarded >= DISCARDED_AT_ONCE:
             self._num_discarded = 0
@@ -200,11 +200,11 @@ class GuardedConnection(HttpToolsProtocol):
         if self._has_headers and self.cycle.response_complete:  # this request has its answer
             self.end(is_sending=True)
             return
-        if self._has_headers and self.pipeline:  # the turn of this request has not come, nor will it
+        if self._has_headers and self.pipeline:  # this request never gets its turn
             self.pipeline.popleft()
             self.cycle = self._cycle_before
         if self.cycle is not None and not self.cycle.response_complete:
-            if not self.cycle.more_body:  # an answer here would be taken for that of the request before
+            if not self.cycle.more_body:  # an answer here would be taken for that of the previous request
                 self._stop_timer()
                 self._is_last = True
                 self.cycle.keep_alive = False
@@ -223,8 +223,8 @@ class GuardedConnection(HttpToolsProtocol):
     def end(self, *, is_sending: bool) -> None:
         """Close the connection; while the client sends, close only its other direction.
 
-        If bytes are left unread, the system sends a reset, which may overtake the answer. The client, or
-        a proxy in front, then has none.
+        If bytes are left unread, the system sends a reset, which may overtake the answer, so that the client,
+        or a proxy in front, never gets it.
         """
         if not is_sending or not self.transport.can_write_eof():
             self.transport.close()
@@ -259,7 +259,7 @@ class _AnswerTransport:
 
 
 def _answer_without_chunks(cycle: RequestResponseCycle) -> None:
-    """Let the end of the connection end an answer without a length: HTTP/1.0 has no chunks."""
+    """End an answer without a length by closing the connection: HTTP/1.0 has no chunks."""
     send = cycle.send
     has_length = False
 

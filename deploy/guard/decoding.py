@@ -20,8 +20,8 @@ SMALL_PIXELS = 1 << 20
 LARGE_PIXELS = 16 << 20
 """Pictures above this size, which is beyond most telephones, are decoded one at a time."""
 LARGE_NICENESS = 5
-"""Large pictures get a third of the CPU time of anything else that is busy, small ones their full part. With
-more, a large picture would not be ready within `wall_s` on a busy machine."""
+"""With this niceness, a large picture gets a third of the CPU time of any other busy process. With more, it
+would not be ready within `wall_s` on a busy machine."""
 
 
 class Decoding:
@@ -39,13 +39,13 @@ class Decoding:
         claimed = claimed_pixels(image)
         is_above_limit = claimed is not None and claimed > self._max_pixels
         if claimed is None or claimed <= LARGE_PIXELS or is_above_limit:
-            # A picture that claims too much is refused by its header, in no time.
+            # A picture whose header claims too many pixels is refused at once.
             decoded = await self._usual.decode(image, min(claimed or LARGE_PIXELS, LARGE_PIXELS))
             if decoded.status is not Status.TOO_LARGE:
                 return decoded
             if is_above_limit:
                 error = f"the image has {claimed} pixels, more than max_pixels ({self._max_pixels})"
-                return dataclasses.replace(decoded, error=error)  # which names the limit of this lane
+                return dataclasses.replace(decoded, error=error)  # the original names the limit of this lane
         return await self._large.decode(image, claimed or self._max_pixels)
 
     def sandbox_report(self) -> SandboxReport:
@@ -85,7 +85,7 @@ class _Lane:
         self._num_children = num_children
 
     def start(self) -> None:
-        """Start the processes now; else they start when they are first needed."""
+        """Start the processes now; otherwise they start when they are first needed."""
         self._pool.decode([b"-"] * self._num_children)
 
     def sandbox_report(self) -> SandboxReport:
@@ -94,7 +94,7 @@ class _Lane:
     async def decode(self, image: bytes, pixels: int) -> DecodedImage:
         leave = await self._gate.enter(1, pixels, CALLER.get().name)
         call = asyncio.get_running_loop().run_in_executor(self._threads, self._pool.decode, [image])
-        # The process is busy until the picture is done, also when nobody waits for it any longer.
+        # The process is busy until the picture is done, even if the caller has left.
         call.add_done_callback(lambda _: leave())
         [decoded] = await asyncio.shield(call)
         return decoded

@@ -3,7 +3,7 @@
 The line is self-clocked fair queueing (Golestani, 1994): each waiting request is stamped with the virtual
 time at which its flow would be done with it, and the lowest stamp goes first. A flow is a caller and a size,
 so neither the many requests of one caller nor large requests as a whole hold up the small ones of another.
-Who is first in line gets the next units that are free, however many it needs.
+The first in line gets the next free units, however many it needs.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class FairGate:
 
         Args:
             capacity: units that are held at once, such as slots or processes.
-            small_work: most work of a small request, such as steps or pixels.
-            kept_for_small: units that only small requests hold.
+            small_work: maximum work of a small request, such as steps or pixels.
+            kept_for_small: units that only small requests may hold.
         """
         self._capacity = capacity
         self._capacity_for_large = max(1, capacity - kept_for_small)
@@ -68,9 +68,9 @@ class FairGate:
         """Wait in line, then hold units until the returned function is called.
 
         Args:
-            units: what is held; more than a request of its size can have counts as all that it can have.
-            work: what decides size and turn, such as steps or pixels.
-            caller: whose turn it is.
+            units: units to hold; reduced to the most that a request of its size can have.
+            work: decides size and turn, such as steps or pixels.
+            caller: the caller, for fair turns.
         """
         is_small = work <= self._small_work and units <= max(1, self._capacity - self._capacity_for_large)
         units = min(units, self._capacity if is_small else self._capacity_for_large)
@@ -87,7 +87,7 @@ class FairGate:
         return lambda: self._leave(waiting)
 
     def wait_s(self) -> float | None:
-        """Return how long a request that came now would wait behind all others; None if nothing is known."""
+        """Return how long a new request would wait behind all others; None if unknown."""
         if not self._waiting:
             return 0.0
         per_s = self._rate.per_s
@@ -104,7 +104,7 @@ class FairGate:
         return waiting
 
     def _forget(self, waiting: _Waiting) -> None:
-        """Remove a request that has given up; of its flow, only what still waits holds up the next one."""
+        """Remove a request that has given up, so that it no longer holds up the next one of its flow."""
         self._waiting.remove(waiting)
         stamps = (each.stamp for each in self._waiting if each.flow == waiting.flow)
         self._stamps[waiting.flow] = max(stamps, default=0.0)
@@ -125,12 +125,12 @@ class FairGate:
                 if is_large_blocked:
                     continue
             if self._units_held + waiting.units > self._capacity:
-                # Those behind would take each unit that is freed. If this one is large, small ones hold more
-                # than what is kept for them, and what they hold does not fall below that.
+                # Otherwise those behind it would take each free unit. If this one is large, small ones hold
+                # more than what is kept for them, and never fall below that.
                 break
             self._let_in(waiting)
         if not self._waiting:
-            self._stamps.clear()  # an idle gate owes nobody anything
+            self._stamps.clear()  # an idle gate has no debts
             self._virtual_time = 0.0
 
     def _let_in(self, waiting: _Waiting) -> None:

@@ -43,14 +43,14 @@ HEALTH_PATH, ROUTES_PATH = SERVE_PATHS = ("/-/healthz", "/-/routes")
 LIVE_PATH = "/livez"
 BATCH_PATH = "/v1/batch"
 READY_PATHS = ("/readyz", "/healthz")
-"""At the end of a path, as the prefix of the application is not known here."""
+"""Ends of paths, because the prefix of the application is not known here."""
 FULL = BEING_SERVED.encode()
 """Text in the answer of a gateway that can take no more requests."""
 MIN_LIMIT = 64
-"""So many requests a gateway refuses itself, if it must, within a second."""
+"""Minimum of a limit; a gateway can itself refuse this many requests within a second."""
 LIMIT_GROWTH = 0.1
-"""By how much each answer raises a limit. With 1, the gateways would refuse a request for each that they
-serve; with less, it takes longer until new gateways are used."""
+"""Amount by which each answer raises a limit. With 1, the gateways would refuse one request for each that
+they serve; with less, it takes longer until new gateways are used."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -112,13 +112,13 @@ class Front:
         return messages[0]["status"], b"".join(message.get("body", b"") for message in messages)
 
     async def _in_place_of(self, scope: Scope, code: int | None) -> ApiError:
-        """Return the answer in place of Serve's own, or of none: a path outside of all routes is 404."""
+        """Return the answer in place of Serve's own or a missing one: 404 if no route has the path."""
         if code == 408:
             return ApiError(504, "timeout", "no answer within the time that Serve's proxy allows; try again")
         if code == 404:
             has_routes, routes = await self._ask_serve(scope, ROUTES_PATH)
             prefixes = json.loads(routes) if has_routes == 200 else {}
-            # Next to other applications, this one may only be away for an update.
+            # If only other applications have routes, this one may be away for an update.
             is_served = APPLICATION in prefixes.values() and not scope["path"].startswith(tuple(prefixes))
             if is_served:
                 said = f"there is no {shorten(scope['path'])}; paths here begin with {' or '.join(prefixes)}"
@@ -173,17 +173,17 @@ class Front:
 class LearnedLimit:
     """How many requests the gateways take from this proxy, as their refusals say.
 
-    The way to a gateway costs ten times what an answer of the front does. A flood of several times what the
-    way can carry would wait for its refusals, and everybody behind it.
+    Passing a request to a gateway costs ten times as much as an answer here. A flood of more requests than
+    can be passed on would have to wait for its refusals, and so would all requests behind it.
     """
 
     def __init__(self) -> None:
         self.value = math.inf
         self.retry_after_s = float(RETRY_AFTER_S)
-        """What the last refusal has asked for."""
+        """The pause that the last refusal asked for."""
 
     def learn(self, num_others: int, answer: Answer) -> None:
-        """Lower the limit after a refusal to what they have, and raise it a little after any other answer.
+        """Lower the limit to the requests in flight after a refusal; raise it a little after other answers.
 
         Args:
             num_others: requests of this proxy that the gateways have, without this one.
@@ -204,9 +204,9 @@ class Answer:
         self.held_back: int | None = None
         """The code of Serve's own answer, which was not sent."""
         self.retry_after_s = float(RETRY_AFTER_S)
-        """The header of a 503."""
+        """The Retry-After of a 503."""
         self.is_full = False
-        """It is the 503 of a gateway that has too much to do."""
+        """Whether it is the 503 of a gateway that can take no more requests."""
         self._send = send
 
     async def __call__(self, message: Message) -> None:
@@ -235,7 +235,7 @@ def _live(method: str) -> Response:
 def _counts(scope: Scope) -> bool:
     """Return whether a request is one of those that gateways limit together.
 
-    Batch work has its own limit, and an operator none: who wants to drain does so when there is too much.
+    Batch work has its own limit, and operators have none: they may need to drain an overloaded service.
     """
     path = scope["path"]
     return scope["method"] == "POST" and not path.endswith(BATCH_PATH) and ADMIN_PATHS not in path
@@ -247,7 +247,7 @@ def _is_plain_text_error(start: Message) -> bool:
 
 
 def _client_of(scope: Scope) -> str:
-    """Return a name for who sends: the key, as given and unchecked, or else the address.
+    """Return a name for the sender: a hash of the unchecked key, or else the address.
 
     All batch work has one name, so that its bodies together hold at most half of the bytes.
     """

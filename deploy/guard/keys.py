@@ -4,7 +4,7 @@
 
 A line is `NAME SHA256 [MAX_IN_FLIGHT] [batch]`, and `#` begins a comment; `batch` is the right to send batch
 work. A name may have several lines, so that a new key can be handed out before the old one is taken away. A
-key is 256 random bits, so its plain hash tells nobody what it is.
+key is 256 random bits, so its plain hash does not reveal it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which headers a request may have: what is refused before anything is parsed, and what goes no further."""
+"""Check the headers of a request before anything is parsed, and remove those that must not reach Serve."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _REQUEST_ID_VALUE = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 def check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """Refuse headers that are given twice, or that name an encoding which nobody here decodes.
+    """Refuse headers that are given twice, or that name an encoding that is not decoded here.
 
     Raises:
         ApiError: 400 or 415.

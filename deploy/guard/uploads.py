@@ -1,11 +1,11 @@
-"""The bytes of requests that are in this process, and how long a body may take to come.
+"""The bytes of requests that are in this process, and how long a body may take to arrive.
 
 Bodies are gathered here, where an upload that is slow or never ends costs its bytes once. Passed on piece by
-piece, it would have them in the gateway too, and in Ray's object store, which takes a second to free a piece.
+piece, they would also be in the gateway, and in Ray's object store, which takes a second to free a piece.
 
-A small body goes to the gateway with its request. Serve's way is two calls from the gateway back to the
-proxy, one for the body and one to hear that the client has left, which cancels the request in any case.
-Without them, proxy and gateway use a quarter less CPU time for a request.
+A small body is sent to the gateway with its request. Serve itself would make two calls from the gateway back
+to the proxy, one for the body and one to learn that the client has left, which cancels the request in any
+case. Without them, proxy and gateway use a quarter less CPU time for a request.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from deploy.settings import BODY_WITHIN_S
 MAX_BYTES = 256 << 20
 """Bytes of all requests that one proxy holds at once."""
 SMALL_BYTES = 1 << 20
-"""Bodies up to this size have a quarter of the bytes to themselves."""
+"""A quarter of `MAX_BYTES` is reserved for bodies up to this size."""
 PASSED_BYTES = 64 << 10
-"""A body up to this size goes with its request. Ray puts larger arguments of calls into its object store."""
+"""Bodies up to this size are sent with their request. Ray puts larger arguments into its object store."""
 PASSED_BODY = "blip2.body"
-"""The key of the ASGI scope under which it goes."""
+"""The key of the ASGI scope that holds such a body."""
 MAX_COMMAS = 100_000
-"""Of JSON. Every value but the first follows a comma, and while JSON is parsed, no other thread runs: 27 MB
-of empty lists would stop the event loop for seconds."""
+"""Maximum number of commas in JSON. Every value but the first follows one, and while JSON is parsed, no other
+thread runs: 27 MB of empty lists would stop the event loop for seconds."""
 BODY_PAUSE_S = 10.0
-"""Seconds between two pieces of a body."""
+"""Maximum seconds between two pieces of a body."""
 _M_MMAP_THRESHOLD = -3
 """glibc's number of the setting, from its `malloc.h`."""
 
@@ -43,7 +43,7 @@ def give_back_large_memory() -> None:
 
     By default, glibc does so only until it has freed such a block once. From then on it cuts blocks of up to
     32 MiB out of its heap, where bodies that grow side by side leave holes: 256 MiB of bodies took 900 MiB.
-    Another C library than glibc goes on as before.
+    With another C library than glibc, nothing changes.
     """
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_THRESHOLD, SMALL_BYTES)
@@ -53,14 +53,14 @@ def take_passed_bodies() -> None:
     """Have the Serve replica of this process find bodies where the front of the proxy has put them.
 
     Serve has no setting for this (Ray 2.60). It also looks up the actor of the proxy for each request, which
-    only a request whose body is asked for needs.
+    is needed only if the body has to be fetched.
     """
     from ray.exceptions import TaskCancelledError
     from ray.serve._private import replica
     from ray.serve._private.common import StreamingHTTPRequest
 
     class Received(replica.ASGIReceiveProxy):
-        """ASGI `receive`. A body that was not passed, as behind a proxy without our front, is asked for."""
+        """ASGI `receive`. A body that was not passed on, as behind a proxy without our front, is fetched."""
 
         def __init__(self, scope: Scope, *arguments: Any) -> None:
             super().__init__(scope, *arguments)
@@ -89,24 +89,24 @@ def take_passed_bodies() -> None:
 
 
 class Uploads:
-    """Counts the bytes of the bodies that are here, and what each client sends or is about to."""
+    """Counts the bytes of the bodies in this process, and what each client sends or has announced."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        """Bytes that are here."""
+        """Bytes of bodies in this process."""
         self.num_claimed_of: Counter[str] = Counter()
         """Bytes that each client has announced or sent."""
         self.num_complete = 0
-        """Counted requests whose body is here as a whole, and that have no answer yet."""
+        """Counted requests whose body has arrived and that have no answer yet."""
 
 
 class Body:
     """ASGI `receive` that returns the whole body; one that breaks a limit ends as if its client had left.
 
     Large bodies leave a quarter of the bytes to small ones, and one client never has more than half. What it
-    announces counts from the start: else its bodies begin side by side, none of them fits, and it sends all
-    of them again.
+    announces counts from the start: otherwise its bodies would begin side by side, none would fit, and it
+    would send all of them again.
     """
 
     def __init__(
@@ -122,17 +122,17 @@ class Body:
 
         Args:
             headers: of its request.
-            is_counted: whether its request is one of `num_complete`.
+            is_counted: whether its request counts in `num_complete`.
         """
         self.refusal: ApiError | None = None
-        """Why the body ended before its end."""
+        """Why the body was not received to its end."""
         self.is_complete = False
-        """All of it is here."""
+        """Whether all of it has arrived."""
         self.has_left = False
-        """The client has closed its connection, before or after its end."""
+        """Whether the client has closed its connection, before or after the end of the body."""
         self._declared_bytes = int(headers.get(b"content-length", b"0"))
         self.is_small = self._declared_bytes <= PASSED_BYTES and b"transfer-encoding" not in headers
-        """It is announced to have at most `PASSED_BYTES`."""
+        """Whether it is announced to have at most `PASSED_BYTES`."""
         media = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         self._is_json = media == b"application/json"
         self._uploads = uploads
@@ -146,7 +146,7 @@ class Body:
         self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
 
     def give_again(self, message: Message) -> None:
-        """Have the next call return a message once more, for a gateway that asks for what was passed."""
+        """Have the next call return a message again, for a gateway that fetches what was passed on."""
         self._again = message
 
     async def __call__(self) -> Message:
@@ -168,12 +168,12 @@ class Body:
                 f"the body must come within {BODY_WITHIN_S:g} s, with pauses of at most {BODY_PAUSE_S:g} s",
             )
         except ApiError as refusal:
-            # Its traceback would keep the bytes until Python looks for circles.
+            # Its traceback would keep the bytes until the next garbage collection.
             self.refusal = refusal.with_traceback(None)
         return {"type": "http.disconnect"}
 
     async def _gather(self) -> Message:
-        """Return the whole body as one message, or that the client has left."""
+        """Return the whole body as one message, or the message that the client has left."""
         body = bytearray()
         while True:
             async with asyncio.timeout(BODY_PAUSE_S):
@@ -194,13 +194,13 @@ class Body:
         return message
 
     def _hold(self, piece: bytes) -> None:
-        """Count a piece that has come; raise ApiError if it is too much."""
+        """Count a piece that has arrived; raise ApiError if it is too much."""
         if self._num_bytes + len(piece) > self._num_claimed:  # it was not announced
             self._claim(len(piece))
         self._require_room(len(piece))
         self._num_bytes += len(piece)
         self._uploads.num_bytes += len(piece)
-        # Gateways refuse such JSON too; here, most of it has not come yet.
+        # Gateways refuse such JSON too; here, most of it has not arrived yet.
         self._num_commas += piece.count(b",") if self._is_json else 0
         if self._num_commas > MAX_COMMAS:
             raise bad_request(f"body must have at most {MAX_COMMAS} commas")
@@ -209,7 +209,7 @@ class Body:
         """Count further bytes that the client sends or has announced.
 
         Raises:
-            ApiError: 413 the body alone has more bytes than one client may have, 429 its bodies together.
+            ApiError: 413 if the body alone exceeds the limit of one client, 429 if all its bodies do.
         """
         of_client, limit = self._uploads.num_claimed_of, self._uploads.max_bytes // 2
         if self._num_claimed + num_bytes > limit:
@@ -229,7 +229,7 @@ class Body:
             raise overloaded("too many bytes of other requests are being received", BODY_PAUSE_S)
 
     def release(self) -> None:
-        """Give back what it holds; call it once, at the end."""
+        """Release its bytes; call it once, at the end."""
         uploads = self._uploads
         uploads.num_bytes -= self._num_bytes
         uploads.num_claimed_of[self._client] -= self._num_claimed

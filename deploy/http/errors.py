@@ -88,12 +88,12 @@ def overloaded(message: str, retry_after_s: float = RETRY_AFTER_S) -> ApiError:
 
 
 def full(num_in_flight: int, retry_after_s: float) -> ApiError:
-    """Return the 503 of a gateway that has all the requests that it takes."""
+    """Return the 503 of a gateway that can take no more requests."""
     return overloaded(f"{num_in_flight} {BEING_SERVED}", retry_after_s)
 
 
 def unavailable(message: str) -> ApiError:
-    """Return the 503 of a service that has lost, replaces or starts one of its parts."""
+    """Return the 503 of a service that has lost a part of itself, replaces it or starts it."""
     return _try_again("unavailable", message, RETRY_AFTER_S)
 
 
@@ -126,7 +126,7 @@ _UNKNOWN = "extra_forbidden"
 MAX_NAME_CHARS = 64
 """Maximum length of an unknown field's name for which the nearest known one is looked for."""
 MAX_EXPLAINED = 1_000
-"""Errors of one body, among which the one that is meant is looked for: 5 ms."""
+"""Maximum number of errors of one body that are searched for the one to explain: 5 ms."""
 
 
 def explain(
@@ -144,8 +144,8 @@ def explain(
         return f"body must have known fields and values of the right types, got {num_wrong} that are wrong"
     all_errors = error.errors(include_url=False, include_context=False)
     errors = _meant([(_place(one, given), one) for one in all_errors])
-    # A misspelled name is why another is missing; of the kinds of values of a field, the most alike is meant:
-    # what is wrong lies deepest in it, or is not its type.
+    # A misspelled name is the reason why another is missing. If a field takes several kinds of values,
+    # explain the kind that is most alike: the one whose error lies deepest, or is not about its type.
     unknown = [(place, one) for place, one in errors if one["type"] == _UNKNOWN]
     alike = unknown or [(place, one) for place, one in errors if place[:1] == errors[0][0][:1]]
     place, wrong = max(alike, key=lambda found: (len(found[0]), not found[1]["type"].endswith("_type")))
@@ -164,7 +164,7 @@ def explain(
 
 
 def _unknown_field(name: str, known: list[str], options: Sequence[str]) -> str:
-    if name in options:  # which forms and queries may give by their own names
+    if name in options:  # only forms and queries may give options by their own names
         return f"{name} must stand in options in JSON"
     said = f"{name} is not a field; the fields are {', '.join(known)}"
     return said + did_you_mean(name[:MAX_NAME_CHARS], [*known, *options])
@@ -175,7 +175,7 @@ _Errors = list[tuple[_Place, Any]]
 
 
 def _meant(errors: _Errors) -> _Errors:
-    """Leave out what is wrong for a kind of value that lacks a field which another kind has."""
+    """Leave out the errors of kinds of values that lack a given field which another kind has."""
     known = {place for place, one in errors if one["type"] != _UNKNOWN}
     unknown_of: dict[_Place, dict[_Place, set[_Place]]] = {}  # by the value, then by its kind
     for place, one in errors:
@@ -191,7 +191,7 @@ def _meant(errors: _Errors) -> _Errors:
 
 
 def _place(error: Any, given: object) -> _Place:
-    """Return where a value is in a body; pydantic's names for kinds of values stand between."""
+    """Return where a value is in a body, without pydantic's names for kinds of values."""
     if error["type"] == "missing":
         *outer, name = error["loc"]
         return (*(_way(given, outer, error["input"]) or ()), name)

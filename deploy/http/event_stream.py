@@ -1,8 +1,8 @@
 """Answers that come in pieces: server-sent events, or one JSON document per line.
 
-The work runs while the answer is sent, in one coroutine, so that whatever the work holds is given back when
-the client leaves. Nothing is sent before the first piece is there: an error before it is an ordinary answer
-with its own code.
+The work runs while the answer is sent, in one coroutine, so that everything it holds is released when the
+client leaves. Nothing is sent before the first piece: an error until then is an ordinary answer with its own
+code.
 """
 
 from __future__ import annotations

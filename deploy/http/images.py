@@ -36,7 +36,7 @@ class ImageUrl:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> Any:
-        """Keep it out of the document of the routes: no body has it, validators make it of texts."""
+        """Keep it out of the OpenAPI document: no body has it, because validators make it from texts."""
         return handler.generate_schema(Any)
 
 
@@ -82,7 +82,7 @@ ImageOrRefusal = Annotated[
     BeforeValidator(_read_or_refuse),
     IMAGE_SCHEMA,
 ]
-"""One of several images; what is wrong with it does not concern the others."""
+"""One of several images; an error in it does not affect the others."""
 
 
 def read_text(name: str, text: str, policy: FetchPolicy) -> ImageSource:
@@ -105,7 +105,7 @@ def read_text(name: str, text: str, policy: FetchPolicy) -> ImageSource:
 
 
 async def read_texts(name: str, texts: Sequence[str], policy: FetchPolicy) -> list[ImageSource]:
-    """Return images as `read_text` does, decoded where work on so many bytes belongs."""
+    """Return images as `read_text` does, decoded in the lane for this many bytes."""
     names = [name] if len(texts) == 1 else [f"{name}.{index}" for index in range(len(texts))]
     return await in_lane(
         sum(map(len, texts)),
@@ -144,7 +144,7 @@ def raw_image(media: str, body: bytes) -> bytes:
     """
     if re.match(rb"\s*[{\[]", body):
         raise unsupported_media_type("Content-Type must be application/json for JSON, as with curl -H")
-    if media != URLENCODED or not body or b"\0" in body:  # which every image has, and no form
+    if media != URLENCODED or not body or b"\0" in body:  # every image has null bytes, and no form
         return body
     if re.match(rb"[\w.%+\[\]-]+=", body):
         raise unsupported_media_type(

@@ -1,7 +1,7 @@
 """Threads for parsing, base64 and hashes: large bodies have their own, and small ones never wait for them.
 
-The event loop's own threads are few (six on two cores). A handful of large bodies had all of them for
-seconds, and the small requests of everybody else waited.
+The event loop's own threads are few (six on two cores). A handful of large bodies occupied all of them for
+seconds, while the small requests of all other callers waited.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _large = ThreadPoolExecutor(NUM_LARGE, "large-bodies")
 
 
 async def in_lane(num_bytes: int, call: Callable[[], T]) -> T:
-    """Return what a function returns, computed where work on this many bytes belongs."""
+    """Return the result of a call, run in the lane for this many bytes."""
     if num_bytes <= INLINE_BYTES:
         return call()
     lane = _small if num_bytes <= SMALL_BYTES else _large

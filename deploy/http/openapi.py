@@ -1,4 +1,4 @@
-"""What OpenAPI says of routes that read their own bodies and choose their own content types."""
+"""The OpenAPI description of routes that read their own bodies and choose their own content types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation options in a request: checked one by one, bounded, and put in the place of the service's own."""
+"""Generation options in a request: checked one by one, bounded, and merged over the service's own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTION_NAMES = tuple(field.name for field in fields(GenerationOptions))
 MAX_TOKEN_IDS = 256
 """Maximum number of token ids that one option names; they are looked at in every step."""
 MAX_OPTION_CHARS = 8_192
-"""Of one option, written as JSON: more than 256 token ids or eight texts to stop at have. Options are checked
+"""Maximum length of one option as JSON, more than 256 token ids or eight stop texts need. Options are checked
 on the event loop, where 600 kB of wrong token ids took 0.5 s."""
 MAX_OPTIONS = {"max_new_tokens": 512, "num_beams": 16, "num_return_sequences": 16}
 """What one caller may ask of a shared engine; more would crowd out the other requests."""
@@ -28,7 +28,7 @@ _TYPES: dict[str, TypeAdapter[Any]] = {
 
 
 def parse_options(given: dict[str, Any] | None, defaults: GenerationOptions) -> GenerationOptions:
-    """Return the service's options with those of the caller in their place.
+    """Return the service's options, with those that the caller gives in their place.
 
     Raises:
         ApiError: 400; an option is unknown, of the wrong type, out of range or without effect.

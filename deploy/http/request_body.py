@@ -32,16 +32,16 @@ JSON = "application/json"
 FORM = "multipart/form-data"
 IMAGE = "image/*"
 RAW = ("", "application/octet-stream", URLENCODED)
-"""Content types of the bytes of an image, next to image/*. The last is what `curl --data-binary` says."""
+"""Content types of the bytes of an image, next to image/*; `curl --data-binary` sends the last one."""
 FILE_FIELDS = ("image", "images", "pixels")
 """Fields that are files in a form."""
 MAX_TEXT_BYTES = 1 << 20
-"""Maximum size of everything in a body that is no image."""
+"""Maximum size of everything in a body that is not an image."""
 PLAIN_TEXTS = ("prompt", "model")
 """Fields that are plain text in a form or a query, where others are JSON."""
 MAX_PARTS = 200
 MAX_DEPTH = 64
-"""Lists and objects of JSON inside each other; everything after the parser may recurse over them."""
+"""Maximum depth of nested JSON lists and objects, over which everything after the parser may recurse."""
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -110,7 +110,7 @@ async def _read_bounded(request: Request, max_bytes: int) -> bytes:
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
             refuse_size("body", max_bytes, num_bytes)
-    return b"".join(filter(None, chunks))  # which copies nothing if it all came at once, as from our front
+    return b"".join(filter(None, chunks))  # copies nothing if there is one chunk, as from our front
 
 
 # JSON ---------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def parse_json(what: str, text: bytes | str) -> Any:
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
         value = json.loads(decoded, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
-        if re.search(r"\\u[dD][89a-fA-F]", decoded):  # half of a character may be among them
+        if re.search(r"\\u[dD][89a-fA-F]", decoded):  # there may be a lone surrogate
             json.dumps(value, ensure_ascii=False).encode()
         if decoded.count("[") + decoded.count("{") > MAX_DEPTH and _is_too_deep(value):
             raise RecursionError
@@ -146,7 +146,7 @@ def parse_json(what: str, text: bytes | str) -> Any:
         raise bad_request(f"{what} must be JSON: {error}") from None
     except _NotJson as error:
         raise bad_request(f"{what} must be JSON: {error}") from None
-    except ValueError:  # of Python, for the digits of an integer
+    except ValueError:  # Python refuses integers with too many digits
         max_digits = sys.get_int_max_str_digits()
         raise bad_request(f"{what} must have integers of at most {max_digits} digits") from None
     except RecursionError:
@@ -155,7 +155,7 @@ def parse_json(what: str, text: bytes | str) -> Any:
 
 
 class _NotJson(ValueError):
-    """What Python's parser takes, but JSON does not have."""
+    """Something that Python's parser accepts, but JSON does not have."""
 
 
 def _is_too_deep(value: object) -> bool:
@@ -286,7 +286,7 @@ def _merged(fields: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_query(fields: dict[str, Any], in_query: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a body and of a query; each of the two may have some of the options."""
+    """Return the fields of a body and of a query; both may hold some of the options."""
     if all(isinstance(each.get("options"), dict) for each in (fields, in_query)):
         fields = fields | {"options": _merged(fields["options"], in_query.pop("options"))}
     return _merged(fields, in_query)

@@ -16,10 +16,10 @@ class ServedModel:
     name: str
     """The name by which requests choose the model."""
     is_first: bool
-    """Whether it is the model of a request that names none."""
+    """Whether this model answers requests that name none."""
     info: ModelInfo
     options: GenerationOptions
-    """Options of a request that names none."""
+    """The options of the service, for what a request leaves out."""
     matching: ModelInfo | None = None
     """The retrieval model next to it; None if it has none."""
     calibration: Calibration | None = None
@@ -28,7 +28,7 @@ class ServedModel:
     """A caption with a lower confidence gets the flag `abstained`."""
 
     def made_by(self, info: ModelInfo | None) -> ServedModel:
-        """Return the model as the engine describes it that has made an answer; None is this one."""
+        """Return the model as described by the engine that made an answer; None stands for this one."""
         if info is None or info == self.info:
             return self
         # The first model alone is named after its checkpoint; the others keep the names they were given.

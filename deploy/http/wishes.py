@@ -91,7 +91,7 @@ class Wishes(Body):
 
 
 def require_matching(model: ServedModel, what: str) -> None:
-    """Raise ApiError 400 unless a retrieval model stands next to the model."""
+    """Raise ApiError 400 unless the model has a retrieval model next to it."""
     if model.matching is None:
         raise ApiError(
             400,

@@ -1,6 +1,6 @@
 """All replicas of the application at once: for the operator, whose request reaches only one gateway.
 
-That the service is drained is stored in the cluster, so that gateways which start later know it too.
+Whether the service is drained is stored in the cluster, so that gateways that start later know it too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deploy.observe.logs import LogLevel
 GATEWAYS = "Gateway"
 """The deployment of the gateways."""
 ATTEMPTS, PAUSE_S = 20, 0.1
-"""A new handle learns after a moment which replicas run."""
+"""A new handle does not know at once which replicas run."""
 
 
 NAMESPACE = "blip2"
@@ -42,7 +42,7 @@ class Fleet:
         self._application = application
         self._captioners = captioners
         self._handles: dict[str, DeploymentHandle] = {}
-        # While the head of the cluster is away, what asks it does not end.
+        # While the head of the cluster is away, calls to it do not return.
         self._asking_head = ThreadPoolExecutor(1, "ask-head")
         self._reading: asyncio.Future[bool] | None = None
 
@@ -55,7 +55,7 @@ class Fleet:
     async def is_draining(self) -> bool:
         """Return whether an operator has drained the service and not resumed it.
 
-        A caller may give up; the next one waits for the same answer, so that at most one thread does.
+        A caller may give up; the next one waits for the same answer, so that at most one thread is busy.
         """
         if self._reading is None or self._reading.done():
             loop = asyncio.get_running_loop()
@@ -96,7 +96,7 @@ class Fleet:
     async def _everywhere(self, deployment: str, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every replica; none is started, so the list is empty if none runs.
 
-        A replica that dies meanwhile gives no answer; the one in its place reads from the store what it must.
+        A replica that dies meanwhile gives no answer; its replacement reads what it needs from the store.
         """
         if deployment not in self._handles:
             self._handles[deployment] = serve.get_deployment_handle(deployment, self._application)

@@ -1,7 +1,7 @@
-"""What is known of the request that is being served: who asked, what it cost, and where its time went.
+"""The record of the request that is being served: who asked, what it cost, and where its time went.
 
-`AccessLog` begins a record and logs it at the end. Whatever serves the request writes into it, by way of the
-context. A record never has a key, an image or a prompt.
+`AccessLog` begins a record and logs it at the end. The code that serves the request writes into it through
+the context. A record never holds a key, an image or a prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deploy.observe.tracing import span
 logger = logging.getLogger("ray.serve")
 
 CLIENT_LEFT = 499
-"""Code in the log and in the metrics of a request whose client left before the answer, as nginx has it."""
+"""nginx's code for a request whose client left before the answer, in the log and the metrics."""
 
 
 @dataclass
@@ -33,17 +33,17 @@ class RequestRecord:
     """One request."""
 
     request_id: str = ""
-    """What the client has sent as X-Request-ID, or what the front has made in its place."""
+    """The client's X-Request-ID, or the one that the front has made."""
     key: str | None = None
     """Name of the caller's key."""
     model: str | None = None
-    """Name of the model that it has chosen, or got by default."""
+    """Name of the model that the request chose, or got by default."""
     is_in_ab_test: bool = False
     """Whether the A/B test has chosen the model."""
     slots: int = 0
     steps: int = 0
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Seconds by phase: queue, decode, engine; of several images, their sum."""
+    """Seconds by phase (queue, decode, engine), summed over several images."""
 
     @property
     def server_timing(self) -> str:
@@ -52,7 +52,7 @@ class RequestRecord:
 
 
 OF_NO_REQUEST = RequestRecord()
-"""Takes what is noted outside of a request. It is never logged, and is in no A/B test."""
+"""Takes what is noted outside of a request; never logged, and in no A/B test."""
 RECORD: ContextVar[RequestRecord] = ContextVar("RECORD", default=OF_NO_REQUEST)
 
 
@@ -100,7 +100,7 @@ class AccessLog:
             await self._app(scope, receive, send_with_timing)
         except Exception as error:
             if code == CLIENT_LEFT and not isinstance(error, ClientDisconnect):
-                code = 500  # which Starlette answers, around this middleware
+                code = 500  # Starlette sends it, outside of this middleware
             raise
         finally:
             record.seconds["total"] = time.perf_counter() - began_s

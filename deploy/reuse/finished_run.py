@@ -1,7 +1,7 @@
 """The captions of a finished batch run, looked up by the content of the image.
 
 The run's Parquet files are read by the row contract: columns of fixed names, and in each footer the settings
-that decide the rows (`blip2.run`). In memory is only where each image's row is: 16 bytes a row.
+that decide the rows (`blip2.run`). Only the place of each image's row is kept in memory: 16 bytes a row.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class FinishedRun:
         self.work = _work_of(json.loads(self._run), folder, model, limits)
 
     def read_index(self) -> None:
-        """Read where the row of each image is; before this, nothing is found.
+        """Read where the row of each image is; until then, nothing is found.
 
         Raises:
             ValueError: a file is of another run.
@@ -112,12 +112,11 @@ class FinishedRun:
         self._digests, self._places = np.concatenate(digests)[order], np.concatenate(places)[order]
 
     async def look_up(self, sha256: str, work: ImageWork) -> Made | None:
-        """Return the caption of an image; None if the run has none, or it cannot be read, or not in time.
+        """Return the caption of an image; None if the run has none, or it cannot be read in time.
 
-        Threads read it. What the run does not have takes none, so that a store that hangs delays nothing
-        else.
+        Threads read it, but only if the run has the image, so that a hanging store delays nothing else.
         """
-        from deploy.observe.metrics import CACHE_REQUESTS  # Ray, which no command may import before its start
+        from deploy.observe.metrics import CACHE_REQUESTS  # imports Ray, too early for a command
 
         places = self._places_of(sha256, work)
         if not len(places):
@@ -137,7 +136,7 @@ class FinishedRun:
         return found
 
     def _places_of(self, sha256: str, work: ImageWork) -> np.ndarray:
-        """Return row group and row of what may be the caption of an image, as uint32[N, 2], from memory."""
+        """Return the row groups and rows that may hold the caption of an image: uint32[N, 2]."""
         if work != self.work:
             return self._places[:0]
         start = np.uint64(int(sha256[:16], 16))
@@ -168,7 +167,7 @@ def _is_output(info: fs.FileInfo) -> bool:
 
 
 def _work_of(run: Mapping[str, Any], folder: str, model: ModelInfo, limits: ImageLimits) -> ImageWork:
-    """Return the work whose outputs are the rows of a run; raise ValueError if the service does other."""
+    """Return the work whose outputs are the rows of a run; raise ValueError if the service differs."""
     require = partial(_require_same, folder)
     require("model", run["model"], model.digest)
     require("dtype", run["dtype"], model.dtype)

@@ -1,4 +1,4 @@
-"""What has been made of one image, without the image: what equal requests may share."""
+"""The outputs of one image, without the image: what equal requests may share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Made:
     sha256: str
     """SHA-256 of the encoded image, in hexadecimal."""
     image: DecodedImage
-    """Its size and whether it lacks its end; without its pixels."""
+    """The image without its pixels: its size, and whether it is truncated."""
     outputs: ImageOutputs
     num_tokens: int | None = None
     """Tokens of the caption, if it comes from a finished run, which stores no token ids."""
@@ -31,7 +31,7 @@ class Made:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes, about."""
+        """Approximate memory of the outputs."""
         outputs = self.outputs
         features, contrastive = outputs.features, outputs.contrastive
         arrays = [] if features is None else [features.pooler_output, features.qformer_features]

@@ -1,4 +1,4 @@
-"""One flight for equal requests, and a memory of bounded size for what it has brought."""
+"""Share work between equal requests, and keep its results in bounded memory."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class SharedWork:
         finally:
             flight.num_waiting -= 1
             if not flight.num_waiting and not flight.task.done():
-                del self._flights[key]  # who comes from now on begins anew
+                del self._flights[key]  # later requests start again
                 flight.task.cancel()
 
     def _land(self, key: Hashable, flight: _Flight) -> None:
         failed = flight.task.cancelled() or flight.task.exception() is not None
-        if self._flights.get(key) is not flight:  # all have left it, and another may be under way
+        if self._flights.get(key) is not flight:  # all callers have left, and another may be under way
             return
         del self._flights[key]
         if not failed:

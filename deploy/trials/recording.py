@@ -1,4 +1,4 @@
-"""What two models have said, as Parquet files with the columns of a run: `blip2 compare A B` reads them.
+"""Record the captions of two models as Parquet files with the columns of a run, for `blip2 compare A B`.
 
 Nothing waits for the files. What cannot be written in time, or is more than a limit, is left out and counted.
 """
@@ -30,7 +30,7 @@ MAX_AGE_S = 60.0
 MAX_ROWS = 1_000_000
 """Rows that one gateway writes from its start to its end: some hundred MB."""
 MAX_PENDING_FILES = 16
-"""Files that wait for a slow disk."""
+"""Maximum number of files that wait for a slow disk."""
 
 SCHEMA = pa.schema(
     [

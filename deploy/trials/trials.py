@@ -21,7 +21,7 @@ from deploy.trials.recording import Recorder, Side
 from deploy.work import BatchWork, ImageWork, TextOfBatch
 
 MAX_COPIES = 16
-"""Copies under way at once; what comes beyond is dropped."""
+"""Maximum number of copies under way at once; further ones are dropped."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,7 +44,7 @@ class Trials:
             self.recorder = Recorder(settings.trial_record, settings.trial_prompts)
 
     def choose(self, first: ServedModel) -> ServedModel:
-        """Return the model that answers a request which names none; the first one until the other runs."""
+        """Return the model for a request that names none: the first one until the other one runs."""
         if self._ab_test is None or RECORD.get() is OF_NO_REQUEST:
             return first
         RECORD.get().is_in_ab_test = True
@@ -53,7 +53,7 @@ class Trials:
         return self._models.known(self._ab_test.model) or first
 
     def record_answer(self, model: ServedModel, work: ImageWork, made: Made) -> None:
-        """Record what one of the two models of an A/B test has answered, unless the request has named it."""
+        """Record the answer of a model in an A/B test, unless the request named the model."""
         if self.recorder is None or self._ab_test is None or not RECORD.get().is_in_ab_test:
             return
         side: Side = "A" if model.is_first else "B"
@@ -82,7 +82,7 @@ class Trials:
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await self._first_text(name, pixels, work)
-        except Exception as error:  # whatever happens to a copy must not be seen by the caller
+        except Exception as error:  # callers must not see what happens to a copy
             if not isinstance(error, (ApiError, TimeoutError)):
                 logger.exception("the copy of a request has failed")
             SHADOW_REQUESTS.inc(1, {"result": "failed"})
@@ -110,6 +110,6 @@ class Trials:
             self.recorder.write_if_due()
 
     def close(self) -> None:
-        """Write what is recorded, and leave the copies under way."""
+        """Write the recorded rows, and abandon the copies under way."""
         if self.recorder is not None:
             self.recorder.close()
