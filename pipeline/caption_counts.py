@@ -1,4 +1,4 @@
-"""`CaptionCounts`: what shows that the captions of a run are worth nothing, although every row is ok.
+"""`CaptionCounts`: counts that show that the captions of a run are useless, although every row is ok.
 
 A broken checkpoint, a wrong dtype or a prompt that hides the image gives empty captions, or the same one for
 every image. The counts of a shard are in the footer of its file.
@@ -20,7 +20,7 @@ REGENERATED = "regenerated"
 NO_FAULTS = {REGENERATED, "truncated", "abstained"}
 """Flags that say something else of a row than that its caption looks wrong."""
 MIN_CAPTIONS = 20
-"""Fewer captions may well be the same."""
+"""Number of captions from which on equal ones count; a few may well be the same."""
 MAX_SAME_FRACTION = 0.5
 MAX_SHOWN_CHARS = 60
 

@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
 }
 """Options that the file may hold, with the defaults of this package."""
 TOP_K_OF_SAMPLING = 50
-"""What transformers takes when it samples and nobody says otherwise."""
+"""What transformers uses when it samples, unless it is set."""
 _WITHOUT_EFFECT = {
     # about the file itself, the speed and the memory of transformers, and the form of its results
     *("_from_model_config", "transformers_version", "continuous_batching_config", "compile_config"),

@@ -1,4 +1,4 @@
-"""`Calibration`: from what the engine knows of a caption to the probability that it is right.
+"""`Calibration`: the probability that a caption is right, computed from its log-probability and length.
 
 A logistic regression on `FEATURES` gives a score, and a curve that never falls turns the score into a
 probability. Both are in a small JSON file. They hold for the model, the prompt and the options with which the

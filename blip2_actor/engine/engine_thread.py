@@ -26,7 +26,7 @@ INTERRUPTED = 130
 
 
 class EngineThread(threading.Thread):
-    """The thread of an `EngineCore`, which it frees at its end if nobody else holds it."""
+    """The thread of an `EngineCore`, which it frees at its end unless other references are left."""
 
     def __init__(
         self, target: Callable[..., None], args: tuple[Any, ...], abandon: Callable[[], None]

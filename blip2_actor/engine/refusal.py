@@ -1,4 +1,4 @@
-"""Why a row is refused before it reaches the device, and its result among those of the other rows."""
+"""Rows that are refused before they reach the device, and their results among those of the other rows."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def start_model(
     """Load a checkpoint; the other arguments are those of `EngineConfig`, `num_threads` resolved.
 
     Args:
-        require_wanted: called between the phases; raises if nobody waits for the model any longer.
+        require_wanted: called between the phases; raises if the model is no longer needed.
 
     Raises:
         ValueError: the configuration or the checkpoint cannot be run; the message names the field.

@@ -1,4 +1,4 @@
-"""Wrap a text for a terminal at its words, and never inside a command that somebody may paste."""
+"""Wrap a text for a terminal at its words, and never inside a command, which may be copied."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import TextIO
 
 PROGRAMS = frozenset({"blip2", "pip", "uv", "hf", "ray", "python", "curl", "kubectl", "apt-get"})
-"""Their names begin a command."""
+"""Programs whose names begin a command."""
 ENDS = (",", ";", ":", ")", "?")
 """A word with one of these at its end is the last one of a command."""
 MIN_COLUMNS = 20
-"""Narrower terminals have no room for words."""
+"""Minimum width; narrower terminals have no room for words."""
 _MARGIN = re.compile(r" *(?:\S+(?: \S+)? {2,})?")
 """What a line begins with, up to the text of its second column if there is one."""
 _ARGUMENT = re.compile(r"""-|['"]|.*[/=\[{@<_\d].|.*\.\w|[A-Z][A-Z_]+\W*$""", re.DOTALL)

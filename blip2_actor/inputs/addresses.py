@@ -19,7 +19,7 @@ _IPV4_INSIDE = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: Address) -> bool:
-    """Return True for an address of the public internet, also for an IPv4 address inside one of IPv6."""
+    """Return True for an address of the public internet, or a public IPv4 address inside one of IPv6."""
     if isinstance(address, ipaddress.IPv6Address):
         inside = address.ipv4_mapped or address.sixtofour
         if inside is None and address in _IPV4_INSIDE:

@@ -1,4 +1,4 @@
-"""From an image in any form that callers have it to the pixels that the encoders take.
+"""Turn an image, in any form that callers may have, into the pixels that the encoders take.
 
 This is where a bad image becomes a status: whatever a decoder, a disk or a server does, the other requests do
 not notice.

@@ -1,4 +1,4 @@
-"""`ResultSheet`: images with what an engine says of them, as a notebook shows them."""
+"""`ResultSheet`: images next to an engine's results, as a notebook shows them."""
 
 from __future__ import annotations
 

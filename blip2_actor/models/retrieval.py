@@ -22,7 +22,7 @@ from blip2_actor.transfer import to_device
 
 
 class Blip2Retrieval(VisionQFormer):
-    """Images and texts in; scores of how well they match out."""
+    """Scores how well images and texts match."""
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__(config)

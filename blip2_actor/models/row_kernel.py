@@ -1,4 +1,4 @@
-"""What happens to each row between two products of matrices, on a GPU, in one pass over memory.
+"""Process each row between two matrix products on a GPU, in one pass over memory.
 
 The result of the layer before is added to the residual stream, the sum is normalized, and its rows are scaled
 to fp8 if the next layer multiplies in fp8; or an activation is computed, and its rows are scaled. Each is

@@ -1,4 +1,4 @@
-"""`AttemptLog`: what a driver has said in one attempt, for those who come after its terminal is gone."""
+"""`AttemptLog`: what a driver printed in one attempt, to be read after its terminal is gone."""
 
 from __future__ import annotations
 

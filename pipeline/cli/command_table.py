@@ -293,4 +293,4 @@ HABITS = {
     "view": "show",
     "vqa": "caption",
 }
-"""What people type who come from other programs, and the command that does it."""
+"""Commands that users of other programs type, and the command that is meant."""

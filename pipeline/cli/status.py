@@ -14,7 +14,7 @@ WATCH_EVERY_S = 5.0
 
 @errors_to_exit_status
 def status(settings: StatusSettings) -> int:
-    """Print how far a run is; again and again with `watch`, while a driver works on it and somebody reads."""
+    """Print the progress of a run; with `watch`, again and again while a driver works and output is read."""
     console = Console()
     with before_work(type(settings)):
         found = RunStatus.read(settings.output)

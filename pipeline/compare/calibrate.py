@@ -27,12 +27,12 @@ from pipeline.settings.report_settings import CalibrateSettings
 
 COLUMNS = ["key", "caption", "logprob", "num_tokens", "flags", "status"]
 LIMITS = (0.5, 0.7, 0.8, 0.9, 0.95)
-"""Values of --min-confidence of which the command says what they do."""
+"""Values of --min-confidence whose effect the command prints."""
 
 Example = tuple[float, int]
 """Log-probability and number of tokens of a caption."""
 Judge = Callable[[Mapping[str, Any]], bool | None]
-"""Says whether the caption of a row is right; None if nobody knows."""
+"""Says whether the caption of a row is right; None if unknown."""
 
 
 @errors_to_exit_status

@@ -114,7 +114,7 @@ class Join:
 
 
 def _by(*columns: str, only_without_image: bool = False) -> Callable[[Row], Hashable]:
-    """Return what rows must have in common: key and columns; None of a row that is left out."""
+    """Return what rows must have in common: key and columns; None for a row that is left out."""
 
     def of(row: Row) -> Hashable:
         is_out = row["sha256"] is not None if only_without_image else None in [row[name] for name in columns]

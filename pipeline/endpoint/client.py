@@ -18,7 +18,7 @@ from blip2_actor.flags import split_uri
 from pipeline.storage.secrets import without_secrets
 
 ANSWER_S = 120.0
-"""How long one answer may take, and how long an endpoint that has too much to do is asked again."""
+"""How long one answer may take, and how long a busy endpoint is asked again."""
 CONNECT_S = 10.0
 MAX_PAUSE_S = 30.0
 
@@ -46,11 +46,11 @@ class Endpoint:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What every request says of its sender."""
+        """Headers of every request."""
         return {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
 
     def model(self) -> dict[str, Any]:
-        """Return what the endpoint says of its model; raise EndpointError if it says nothing."""
+        """Return the endpoint's description of its model; raise EndpointError if it gives none."""
         return self._ask("/v1/model", None, CONNECT_S)
 
     def model_info(self) -> ModelInfo:

@@ -1,4 +1,4 @@
-"""`--endpoint`: the flags, and the recipe by which a job builds an engine that is elsewhere."""
+"""`--endpoint`: the flags, and the recipe by which a job builds a remote engine."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from pipeline.storage.filesystems import at_once
 
 MAX_SCANNED_TARS = 16
 SCANNED_ROWS_PER_TAR = 64
-"""Little more than these rows is requested from a store."""
+"""Number of rows that are scanned; a store is asked for little more than these."""
 MAX_FOOTERS = 1000
 
 

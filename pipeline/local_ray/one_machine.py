@@ -1,4 +1,4 @@
-"""What Ray Data is told of its cluster on one machine."""
+"""What Ray Data learns about its cluster on one machine."""
 
 from __future__ import annotations
 

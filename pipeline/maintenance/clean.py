@@ -27,7 +27,7 @@ from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import ASIDE, Folder
 
 MIN_PLAN_AGE_S = 3600.0
-"""Younger files of a plan may belong to one that is at work: a plan takes no lease."""
+"""Minimum age of a plan's files; younger ones may belong to a running plan, which takes no lease."""
 
 
 @errors_to_exit_status

@@ -20,7 +20,7 @@ HEAD = "node:__internal_head__"
 ANSWER_S = 20.0
 """How long the head may take to answer; it may have to start a worker first."""
 MANY_NODES = 1000
-"""For a node type without a limit."""
+"""Number of nodes of a node type without a limit."""
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 

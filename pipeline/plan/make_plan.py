@@ -30,7 +30,7 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         ValueError, OSError: the job would raise it too, or no image of the sample can be decoded.
     """
     deadline = settings.deadline
-    # Every new settings object looks at its deadline, which comes nearer meanwhile.
+    # Every new settings object checks its deadline, which may pass meanwhile.
     job = dataclasses.replace(settings, deadline=None).job()
     listing = list_input(
         job.input, format=job.format, limit=job.limit, options=job.read_options, patterns=job.patterns

@@ -16,7 +16,7 @@ from blip2_actor.checkpoints.weights.pytorch_file import MappedTensor, list_pyto
 from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor, read_whole
 
 SUFFIX = ".pth"
-"""Ends the name of the file."""
+"""Ending of the file name."""
 _BLOCK = r"visual_encoder\.blocks\.(\d+)\."
 _LAYER = r"vision_model.encoder.layers.\1."
 _NAMES = [

@@ -29,7 +29,7 @@ _KINDS = (
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """Names of the weights of an adapter, the one that counts first."""
 _POINTER = b"version https://git-lfs"
-"""How a file begins that git has cloned without its content."""
+"""Beginning of a file that git has cloned without its content."""
 _PREFIXES = ("module.", "_orig_mod.", "model.", "blip.")
 """What DistributedDataParallel, torch.compile, training loops and transformers put in front of every name."""
 

@@ -20,7 +20,7 @@ from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_fil
 from pipeline.storage.retrying_file import read_whole
 
 Content = tuple[bytes | None, Status | None, str | None]
-"""An image, or the status and the sentence that tell why there is none."""
+"""An image, or the status and the error that say why there is none."""
 
 
 def read(work: ShardWork, options: ReadOptions) -> Tables:

@@ -17,7 +17,7 @@ from pipeline.storage.retrying_file import open_below
 from pipeline.storage.secrets import without_secrets
 
 MARK = "@"
-"""Begins an input that is a manifest."""
+"""Prefix of an input that is a manifest."""
 
 
 def find_input(name: str, may_lack: bool = False) -> Iterator[tuple[FoundFiles, bool]]:

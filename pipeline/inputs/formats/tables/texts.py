@@ -1,4 +1,4 @@
-"""Texts of a table that are not UTF-8: a Parquet file may hold them, but nothing reads them as text."""
+"""Texts of a table that are not UTF-8: a Parquet file may hold them, but no program reads them as text."""
 
 from __future__ import annotations
 
