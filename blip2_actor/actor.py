@@ -47,9 +47,9 @@ class Blip2Actor:
             TypeError: a single image or prompt is given in the place of a list.
             ValueError: there is not one prompt per image.
         """
-        from blip2_actor.inputs.arguments import require_one_per_image, to_list, to_texts
+        from blip2_actor.inputs.arguments import require_one_per_image, to_images, to_texts
 
-        images = to_list("images", images)
+        images = to_images(images)
         prompts = [None] * len(images) if prompts is None else to_texts("prompts", prompts)
         require_one_per_image("prompts", prompts, images)
         requests = [Request(image=i, prompt=p) for i, p in zip(images, prompts, strict=True)]

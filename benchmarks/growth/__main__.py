@@ -54,7 +54,7 @@ def measure_shards(work: Path, sizes: list[int]) -> dict[str, Any]:
         shards = write_shards(work, num_shards, SHARD_ROWS)
         settings = CaptionSettings(input=(str(shards),), output=str(work / f"growth-{num_shards}"))
         new = call_job("start", settings, FakeEngineConfig())
-        finish_by_stand_ins(settings, NUM_LEFT)
+        finish_by_stand_ins(settings)
         resumed = call_job("start", settings, FakeEngineConfig())
         status = call_job("status", settings.output)
         runs[num_shards] = {"new": new, "resumed": resumed, "status": status, "load": os.getloadavg()[1]}
@@ -82,7 +82,7 @@ def measure_books(work: Path, sizes: list[int]) -> dict[str, Any]:
         settings = CaptionSettings(input=(str(shards),), output=str(work / f"books-{num_shards}"))
         side = Contender(DriverBooks)
         side.call("begin", settings)
-        finish_by_stand_ins(settings, NUM_LEFT)
+        finish_by_stand_ins(settings)
         side.call("resume", settings)
         side.call("status", settings.output)
         parts = side.call("parts")
@@ -129,12 +129,12 @@ def _by_image(grown_mib: dict[int, float]) -> dict[str, Any]:
     }
 
 
-def finish_by_stand_ins(settings: CaptionSettings, num_left: int) -> None:
+def finish_by_stand_ins(settings: CaptionSettings) -> None:
     """Give all shards of a run but the last ones a file: that of one shard, with the same number of rows."""
     ledger = Ledger(Folder(settings.output))
     run = ledger.require_run()
     ledger.folder.erase(FRAGMENTS)
-    first, *others = run.shards[: len(run.shards) - num_left]
+    first, *others = run.shards[:-NUM_LEFT]
     paths = [Path(ledger.folder.path(output_name(shard.name))) for shard in (first, *others)]
     for path in paths:  # A commit would compare the rows of `first` with those that the run has made.
         path.unlink(missing_ok=True)

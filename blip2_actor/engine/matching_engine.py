@@ -26,7 +26,7 @@ from blip2_actor.engine.out_of_memory import ItemT, ResultT, ShrinkingBatches
 from blip2_actor.engine.own_process import CANNOT_BE_SENT, OwnProcess
 from blip2_actor.engine.refusal import RequestRefused, or_refusal, with_refusals
 from blip2_actor.engine.request_state import NOT_FINITE
-from blip2_actor.inputs.arguments import require_one_per_image, to_list, to_texts
+from blip2_actor.inputs.arguments import require_one_per_image, to_images, to_texts
 from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.request import Embedding, EngineStats, ImageLike, Match
@@ -91,7 +91,7 @@ class MatchingEngine:
 
         An image that is given several times, as the same object, is decoded and encoded once.
         """
-        images, texts = to_list("images", images), to_texts("texts", texts)
+        images, texts = to_images(images), to_texts("texts", texts)
         require_one_per_image("texts", texts, images)
 
         def with_text(pixels: np.ndarray, text: str) -> tuple[np.ndarray, list[int]]:
@@ -132,7 +132,7 @@ class MatchingEngine:
 
     def _pixels(self, images: Sequence[ImageLike] | np.ndarray) -> list[np.ndarray | RequestRefused]:
         """Return uint8[S, S, 3] of each image; one object for all entries that are the same object."""
-        images = to_list("images", images)  # a pass over a stack of arrays makes objects that may reuse ids
+        images = to_images(images)  # a pass over a stack of arrays makes objects that may reuse ids
         known: dict[int, np.ndarray | RequestRefused] = {}
         for image in images:
             if id(image) not in known:

@@ -21,7 +21,7 @@ from blip2_actor.engine.input_processor import InputProcessor
 from blip2_actor.engine.model_runner import TextToScore
 from blip2_actor.engine.refusal import RequestRefused, RowT, or_refusal, with_refusals
 from blip2_actor.engine.request_state import NOT_FINITE, RequestState
-from blip2_actor.inputs.arguments import Names, require_one_per_image, to_list, to_names, to_texts
+from blip2_actor.inputs.arguments import Names, require_one_per_image, to_images, to_names, to_texts
 from blip2_actor.models.recorder import NO_RECORDER, Recorder
 from blip2_actor.request import Features, ImageLike, Score, TextFeatures
 from blip2_actor.status import Status
@@ -65,7 +65,7 @@ class Reader:
                 self._core.runner.record(images[0], recorder, from_image_embeds=of_qformer)
             return [_features(image, with_image_embeds) for image in images]
 
-        encoded = self._encode(to_list("images", images), with_image_embeds or of_qformer)
+        encoded = self._encode(to_images(images), with_image_embeds or of_qformer)
         return with_refusals(encoded, partial(self._read, read, names), Features)
 
     def text_features(
@@ -124,7 +124,7 @@ class Reader:
             ValueError: as in `features`, or there is not one text (and prompt) per image.
         """
         names = _Names(with_hidden_states, with_attention_maps)
-        images, texts = to_list("images", images), to_texts("texts", texts)
+        images, texts = to_images(images), to_texts("texts", texts)
         prompts = [None] * len(texts) if prompts is None else to_texts("prompts", prompts)
         require_one_per_image("texts", texts, images)
         require_one_per_image("prompts", prompts, images)

@@ -62,13 +62,13 @@ def to_requests(
     return [to_request(one, prompt, changes) for one in cast("Iterable[Request | ImageLike | None]", asked)]
 
 
-def to_list(name: str, values: Iterable[Any]) -> list[Any]:
+def to_images(values: Iterable[Any]) -> list[Any]:
     """Return images as a list.
 
     Raises:
         TypeError: it is a single image, or not a list.
     """
-    return _to_list(name, values, _is_one_image(values))
+    return _to_list("images", values, _is_one_image(values))
 
 
 def to_texts(name: str, values: Iterable[Any]) -> list[Any]:

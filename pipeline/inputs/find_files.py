@@ -75,7 +75,7 @@ def find_files(name: str, may_lack: bool = False) -> FoundFiles:
     return FoundFiles(name=name, root=root + query, files=files, one_by_one=one_by_one)
 
 
-def find_named(name: str, root: str, files: Sequence[str], may_lack: bool = False) -> FoundFiles:
+def find_named(name: str, root: str, files: Sequence[str], may_lack: bool) -> FoundFiles:
     """Find files that are named one by one.
 
     Args:

@@ -20,7 +20,7 @@ MARK = "@"
 """Prefix of an input that is a manifest."""
 
 
-def find_input(name: str, may_lack: bool = False) -> Iterator[tuple[FoundFiles, bool]]:
+def find_input(name: str, may_lack: bool) -> Iterator[tuple[FoundFiles, bool]]:
     """Find the files that one input means.
 
     Args:
