@@ -35,8 +35,8 @@ ANSWER_S = 60.0
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What one node sees."""
+class StorageReport:
+    """What one node sees of the storage."""
 
     node: str
     output: str | None
@@ -85,25 +85,25 @@ def check_storage(
     proof = f"{PROBE}{uuid.uuid4().hex}"
     folder.put(proof, b"")
     try:
-        sights = _sights(folder, proof, sample, cluster, read, say)
+        reports = _ask_nodes(folder, proof, sample, cluster, read, say)
     finally:
         folder.delete(proof)
-    for sight in sights:
-        if sight.output is not None:
+    for report in reports:
+        if report.output is not None:
             raise RefusedByCluster(
-                f"output must be storage that all nodes share, got {folder}: on node {sight.node}, "
-                f"{sight.output}; {REMEDY}"
+                f"output must be storage that all nodes share, got {folder}: on node {report.node}, "
+                f"{report.output}; {REMEDY}"
             )
-        if sight.input is not None:
+        if report.input is not None:
             raise RefusedByCluster(
-                f"input must be storage that all nodes share, got {shards[0].uri}: on node {sight.node}, "
-                f"none of {len(sample)} sampled files can be opened ({sight.input}); {REMEDY}"
+                f"input must be storage that all nodes share, got {shards[0].uri}: on node {report.node}, "
+                f"none of {len(sample)} sampled files can be opened ({report.input}); {REMEDY}"
             )
 
 
-def _sights(
+def _ask_nodes(
     folder: Folder, proof: str, sample: Sequence[Shard], cluster: Cluster, read: Reservation, say: Say
-) -> list[Sight]:
+) -> list[StorageReport]:
     """Ask the nodes that are alive; if none of them reads, wait for the first that does."""
     look = ray.remote(look_at_storage)
     reading = [node for node in cluster.nodes if num_fitting(node, {"CPU": read.num_cpus}, read.labels)]
@@ -114,14 +114,14 @@ def _sights(
         files = sample if node in reading else []
         answers.append(look.options(num_cpus=0, scheduling_strategy=on_node).remote(*arguments, files))
     done, _ = ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S)
-    sights = [sight for answer in done if (sight := _sight(answer)) is not None]
+    reports = [report for answer in done if (report := _answer_of(answer)) is not None]
     if not reading:  # the autoscaler has yet to start one
         answer = look.options(**read.options).remote(*arguments, sample)
-        sights.append(wait_for(answer, f"the first reading worker ({read})", say))
-    return sights
+        reports.append(wait_for(answer, f"the first reading worker ({read})", say))
+    return reports
 
 
-def _sight(answer: Any) -> Sight | None:
+def _answer_of(answer: Any) -> StorageReport | None:
     """Return what a node sees, or None if it was lost meanwhile."""
     try:
         return ray.get(answer)
@@ -129,7 +129,7 @@ def _sight(answer: Any) -> Sight | None:
         return None
 
 
-def look_at_storage(folder: Folder, proof: str, sample: Sequence[Shard]) -> Sight:
+def look_at_storage(folder: Folder, proof: str, sample: Sequence[Shard]) -> StorageReport:
     """Look from this node, and write only if the driver's file is there.
 
     Args:
@@ -145,7 +145,7 @@ def look_at_storage(folder: Folder, proof: str, sample: Sequence[Shard]) -> Sigh
     except (OSError, ValueError) as error:
         output = f"it cannot be written ({error})"
     reasons = [reason for shard in sample if (reason := _why_not(shard)) is not None]
-    return Sight(node, output, reasons[0] if sample and len(reasons) == len(sample) else None)
+    return StorageReport(node, output, reasons[0] if sample and len(reasons) == len(sample) else None)
 
 
 def _why_not(shard: Shard) -> str | None:

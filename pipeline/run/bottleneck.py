@@ -42,13 +42,13 @@ class Machines:
         return "a faster store for the input, or more and smaller shards, would help"
 
 
-class Existences:
+class WorkerLoads:
     """Stops the clocks of workers that are gone; the coordinator takes them for idle ones."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, str], WorkerLoad] = {}
 
-    def end(
+    def stop_gone(
         self, loads: Mapping[str, Mapping[str, WorkerLoad]], at_work: Collection[str]
     ) -> dict[str, dict[str, WorkerLoad]]:
         """Return the loads; the load of a worker that is gone stays as it was when it was first missed.

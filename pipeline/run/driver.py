@@ -20,7 +20,7 @@ from pipeline.metrics import SHARDS, label_with_run
 from pipeline.placement.reservations import Reservations
 from pipeline.progress import Console, ProgressSnapshot, Rate
 from pipeline.report.pace import verdict
-from pipeline.run.bottleneck import Existences, busy_fractions
+from pipeline.run.bottleneck import WorkerLoads, busy_fractions
 from pipeline.run.cluster import log_folder
 from pipeline.run.committers import Committers
 from pipeline.run.failure import describe_failure, end_named_by
@@ -99,7 +99,7 @@ class Driver:
         self._rate = Rate()
         self._snapshot: ProgressSnapshot | None = None
         self._checked = 0.0
-        self._existences = Existences()
+        self._worker_loads = WorkerLoads()
         self._loads: dict[str, dict[str, WorkerLoad]] = {}
         self._trouble: str | None = None
         self._end: Stopped | None = None
@@ -160,7 +160,7 @@ class Driver:
             self._tracker.add_report(report)
         self._members.look()
         at_work, tracker = self._members.at_work, self._tracker
-        self._loads = self._existences.end(news.loads, at_work)
+        self._loads = self._worker_loads.stop_gone(news.loads, at_work)
         self._export()
         self._attempt.note(
             tracker.num_rows, self._loads, at_work, news.warnings, news.quantization, tracker.mean_rows

@@ -25,13 +25,13 @@ def shards(tmp_path: Path) -> list[Shard]:
 def test_a_node_that_shares_both_is_fine(tmp_path: Path, shards: list[Shard]) -> None:
     folder = Folder(str(tmp_path / "out"))
     folder.put("proof", b"")
-    sight = look_at_storage(folder, "proof", shards)
-    assert (sight.output, sight.input) == (None, None)
+    report = look_at_storage(folder, "proof", shards)
+    assert (report.output, report.input) == (None, None)
 
 
 def test_a_private_output_is_noticed_and_not_written(tmp_path: Path, shards: list[Shard]) -> None:
-    sight = look_at_storage(Folder(str(tmp_path / "out")), "proof", shards)
-    assert sight.output == "the driver's files are not there"
+    report = look_at_storage(Folder(str(tmp_path / "out")), "proof", shards)
+    assert report.output == "the driver's files are not there"
     assert not (tmp_path / "out").exists()
 
 

@@ -5,8 +5,8 @@ import pytest
 from pipeline.attempts.attempt import WorkerLoad
 from pipeline.run.bottleneck import (
     TOO_SHORT,
-    Existences,
     Machines,
+    WorkerLoads,
     busy_fractions,
     describe_bottleneck,
 )
@@ -49,12 +49,12 @@ def test_more_actors_are_advised_only_if_there_is_something_to_run_on(
 
 def test_a_worker_that_is_gone_counts_no_longer_as_one_with_nothing_to_do():
     """Workers of lost nodes made a stage look idle, and reading was named as the bottleneck."""
-    existences = Existences()
+    worker_loads = WorkerLoads()
     for second in range(1, 101):
         busy_s = {"a-1": min(second, 10.0), "b-1": max(0.0, second - 10.0)}
         loads = {"caption": {worker: WorkerLoad(busy_s[worker], float(second)) for worker in busy_s}}
         at_work = {"a-1", "b-1"} if second <= 10 else {"b-1"}
-        found = existences.end(loads, at_work)
+        found = worker_loads.stop_gone(loads, at_work)
     assert found["caption"] == {"a-1": WorkerLoad(10.0, 11.0), "b-1": WorkerLoad(90.0, 100.0)}
-    assert existences.end(loads, ()) == found, "at the end the others are let go"
-    assert Existences().end(loads, ()) == loads
+    assert worker_loads.stop_gone(loads, ()) == found, "at the end the others are let go"
+    assert WorkerLoads().stop_gone(loads, ()) == loads
