@@ -1,7 +1,7 @@
 """The settings of `blip2 retry`: what may differ from the earlier run without changing its rows.
 
-A setting that is not given is as it was when the run began; of the settings of later starts, only private hosts
-are stored.
+A setting that is not given is as it was when the run began; of the settings of later starts, only private
+hosts are stored.
 """
 
 from __future__ import annotations
