@@ -53,6 +53,9 @@ _HABITS = {
     "use --log-level debug": "debug v verbose",
     "use --version": "v",
     "use --yes": "force y",
+    "set RAY_ADDRESS to the head of the cluster, such as 10.0.0.1:6379, or use blip2 submit": (
+        "address ray-address"
+    ),
     "blip2 plan measures a sample, and changes no --output": "dry-run",
     "finished rows stay as they are; run the same command again to resume, or give another --output": (
         "force overwrite resume"

@@ -35,7 +35,9 @@ _worker_level: str | None = None
 TOKEN_REFUSED = "ray.exceptions.AuthenticationError"
 """Text in Ray's error when a cluster refuses the token, or got none."""
 CONNECT_S = 10.0
-"""How long the head of a cluster may take to accept a connection."""
+"""How long the head of a cluster may take to accept a connection, and to answer."""
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a client of the head begins: the dashboard, which knows HTTP/1 alone, answers in words."""
 
 
 def set_ray_environment() -> None:
@@ -176,17 +178,24 @@ def _require_listener(address: str) -> None:
     Args:
         address: as in RAY_ADDRESS; "auto" and the like are left to Ray.
     """
-    if address.startswith("ray://"):
-        raise ConnectionError(
-            "the job runs as a driver of the cluster and not through Ray Client, so the address is that of "
-            "the head, such as 10.0.0.1:6379; or use ray job submit"
-        )
+    not_the_head = ConnectionError(
+        "the job runs as a driver of the cluster, and not through Ray Client or the dashboard, so the "
+        "address is that of the head, such as 10.0.0.1:6379 (blip2 submit takes that of the dashboard)"
+    )
+    if address.startswith(("ray://", "http://", "https://")):
+        raise not_the_head
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+            connection = socket.create_connection((host.strip("[]"), int(port)), CONNECT_S)
         except OSError as error:
             raise ConnectionError(f"nothing listens there ({error})") from error
+        answer = b""
+        with connection, suppress(OSError):
+            connection.sendall(HTTP2)
+            answer = connection.recv(5)
+        if answer == b"HTTP/":
+            raise not_the_head
 
 
 def _asks_for_token(error: BaseException) -> bool:

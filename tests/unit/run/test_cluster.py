@@ -92,7 +92,8 @@ def test_a_cluster_that_refuses_the_token_is_not_said_to_be_gone(failing, monkey
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("ray://head:10001", "at ray://head:10001: the job runs as a driver of the cluster and not through"),
+        ("ray://head:10001", "at ray://head:10001: the job runs as a driver of the cluster, and not through"),
+        ("http://head:8265", r"through Ray Client or the dashboard, .* that of the dashboard\); start"),
         ("127.0.0.1:1", r"at 127.0.0.1:1: nothing listens there \(.*refused\); start the cluster"),
     ],
 )
@@ -101,6 +102,17 @@ def test_an_address_that_cannot_work_is_refused_at_once(address, said, failing, 
     monkeypatch.setenv("RAY_ADDRESS", address)
     failing(AssertionError("Ray must not be asked"))
     with pytest.raises(RayStartFailed, match=said):
+        start_ray()
+
+
+def test_the_port_of_the_dashboard_is_refused_at_once(failing, monkeypatch):
+    """Ray tried for minutes, and nothing was printed."""
+    ours, dashboard = socket.socketpair()
+    dashboard.sendall(b"HTTP/1.0 400 Bad Request\r\n")
+    monkeypatch.setattr(socket, "create_connection", lambda *_: ours)
+    monkeypatch.setenv("RAY_ADDRESS", "head:8265")
+    failing(AssertionError("Ray must not be asked"))
+    with dashboard, pytest.raises(RayStartFailed, match=r"at head:8265: .* is that of the head, such"):
         start_ray()
 
 
