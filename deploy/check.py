@@ -8,6 +8,7 @@ the Serve config of the installed package, and the `ray_cluster.yaml` of the wor
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import typing
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2_actor.flags import WRONG_FLAGS, Parser, hide_secrets
+from blip2_actor.flags.suggestions import did_you_mean
 from blip2_actor.installation import MissingPackages, require_packages
 from deploy.cluster_files.operator_rules import complaints
 from deploy.settings import BODY_WITHIN_S, Settings
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
+    from pydantic import ValidationError as PydanticError
     from ray.serve.schema import DeploymentSchema
 
 PROG = "python -m deploy.check"
@@ -33,6 +36,8 @@ UNKNOWN_FILE = (
     "the file must be a Serve config (with the key applications), a cluster file of `ray up` (with the key "
     "cluster_name), or Kubernetes manifests (each with the key kind)"
 )
+ARGS = [field.name for field in dataclasses.fields(Settings)]
+UNBUILT = "a kustomization must be built first: kubectl kustomize FOLDER > FILE"
 _PLACEHOLDER = re.compile(r"YOUR_[A-Z]+(?:_[A-Z]+)*")
 """What users replace by values of their own, such as `YOUR_BUCKET`."""
 
@@ -49,13 +54,16 @@ def check(path: Path, with_models: bool = False) -> None:
     """
     import yaml
 
+    if path.is_dir():
+        raise ValueError(UNBUILT)
     try:
-        documents = [
-            part for part in yaml.safe_load_all(path.read_text(encoding="utf-8")) if part is not None
-        ]
+        parts = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise ValueError(f"the file must be YAML: {error}") from None
-    if not documents or not all(isinstance(document, dict) for document in documents):
+    documents = [part for part in parts if part is not None]
+    if not documents:
+        raise ValueError("the file is empty; the command that wrote it may have failed")
+    if not all(isinstance(document, dict) for document in documents):
         raise ValueError(UNKNOWN_FILE)
     if all("kind" in document for document in documents):
         check_manifests(documents, with_models)
@@ -89,7 +97,7 @@ def check_manifests(documents: list[dict[str, Any]], with_models: bool = False) 
     """Raise ValueError unless the KubeRay operator and Serve would take the manifests; see `check`."""
     for manifest in documents:
         if manifest["kind"] == "Kustomization":
-            raise ValueError("a kustomization must be built first: kubectl kustomize FOLDER > FILE")
+            raise ValueError(UNBUILT)
         try:
             found = list(complaints(manifest))
         except (AttributeError, KeyError, TypeError):
@@ -145,17 +153,24 @@ def _explain(error: ValidationError) -> str:
 
 def check_serve_config(document: Mapping[str, Any], with_models: bool = False) -> None:
     """Raise ValueError unless `serve deploy` would take the config and ignore nothing in it; see `check`."""
+    from pydantic import ValidationError
     from ray.serve.schema import ServeDeploySchema
 
     from deploy.app import CAPTIONER, GATEWAY, ServeArgs, captioner_of
 
-    served = ServeDeploySchema.model_validate(document)
     for path in _unknown_keys(document, ServeDeploySchema):
         raise ValueError(f"{path} is not a key that Serve knows; it would be ignored")
+    try:
+        served = ServeDeploySchema.model_validate(document)
+    except ValidationError as error:
+        raise ValueError(_reasons(error)) from None
     for application in served.applications:
         if application.import_path != IMPORT_PATH:
             raise ValueError(f"import_path must be {IMPORT_PATH}, got {application.import_path}")
-        settings = ServeArgs.model_validate(application.args).root
+        try:
+            settings = ServeArgs.model_validate(application.args).root
+        except ValidationError as error:
+            raise ValueError(f"args must be those of deploy/settings.py: {_reasons(error)}") from None
         settings.require_keys("a cluster")
         _require_time("http_options.request_timeout_s", served.http_options.request_timeout_s, settings)
         known = [GATEWAY.name, CAPTIONER.name, *map(captioner_of, settings.other_engines)]
@@ -182,10 +197,20 @@ def _check_scale(deployment: DeploymentSchema) -> None:
     try:
         AutoscalingConfig.model_validate(defaults | given)
     except ValidationError as error:
-        reasons = [" ".join([*map(str, each["loc"]), each["msg"]]) for each in error.errors()]
         raise ValueError(
-            f"autoscaling_config of {deployment.name} must be one that Serve takes: {', '.join(reasons)}"
+            f"autoscaling_config of {deployment.name} must be one that Serve takes: {_reasons(error)}"
         ) from None
+
+
+def _reasons(error: PydanticError) -> str:
+    """Return what pydantic refuses: each field, why, and its value."""
+    reasons = []
+    for each in error.errors():
+        place = ".".join(map(str, each["loc"]))
+        given = f" (got {each['input']!r})" if isinstance(each["input"], int | float | str) else ""
+        hint = did_you_mean(place, ARGS) if "unexpected" in each["type"] and "." not in place else ""
+        reasons.append(f"{place} {each['msg'].removeprefix('Value error, ')}{given}{hint}".lstrip())
+    return ", ".join(reasons)
 
 
 def _require_time(name: str, seconds: float | None, settings: Settings) -> None:

@@ -106,6 +106,8 @@ def test_the_cluster_of_the_working_folder_and_named_files_are_checked(
         ("a: [", "the file must be YAML: while parsing"),
         ("kind: Kustomization\n", "must be built first: kubectl kustomize"),
         ("- 1\n", "the file must be a Serve config"),
+        ("", "wrong.yaml: the file is empty; the command that wrote it may have failed"),
+        ("applications: 5\n", "wrong.yaml: applications Input should be a valid list (got 5)"),
         ("kind: RayJob\nspec: [1]\n", "RayJob: a field has a value of the wrong type"),
         ("kind: RayService\nmetadata: {name: a}\n", "containers must hold at least one container"),
         (SERVICE + "  serveConfigV2: 'applications: ['\n", "spec.serveConfigV2 must be YAML: while parsing"),
@@ -129,6 +131,12 @@ def test_a_file_of_another_kind_is_one_line_and_no_traceback(
     assert main([str(path)]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ") and said in message
+
+
+def test_the_folder_of_a_kustomization_must_be_built(tmp_path: Path, capsys: Any) -> None:
+    """It was said to be a directory."""
+    assert main([str(tmp_path)]) == 1
+    assert "must be built first: kubectl kustomize FOLDER > FILE" in capsys.readouterr().err
 
 
 def test_a_wrong_flag_of_the_check_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +222,10 @@ def test_a_cluster_with_fields_that_ray_drops_is_taken(dropped: dict[str, Any]) 
         ),
         (lambda c: c["applications"][0]["deployments"][1]["ray_actor_options"].update(num_gpu=1), "num_gpu"),
         (lambda c: c["applications"][0]["deployments"][1].update(name="Captoiner"), "Captoiner"),
-        (lambda c: c["applications"][0]["args"].update(timeout=3), "timeout"),
+        (
+            lambda c: c["applications"][0]["args"].update(timeout=3),
+            r"timeout Un.* \(got 3\); did you mean timeout_s\?$",
+        ),
         (lambda c: c["applications"][0]["args"]["engine"].update(modle="x"), "modle"),
         (lambda c: c["applications"][0]["args"]["options"].update(num_beams=0), "num_beams"),
     ],
