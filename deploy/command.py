@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         if is_tracing():
             require_packages(PROG, (EXPORTER,), "otel")
         settings = build(ServeSettings, vars(given))
-        for keys_file in filter(None, (settings.keys_file, settings.admin_keys_file)):
-            read_keys(Path(keys_file))
+        _require_keys("--keys-file", settings.keys_file)
+        _require_keys("--admin-keys-file", settings.admin_keys_file)
         _refuse_taken_port(settings.host, settings.port)
         if settings.metrics_port is not None:
             _refuse_taken_port("127.0.0.1", settings.metrics_port, "--metrics-port")
@@ -106,6 +106,18 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 1)
     sys.stdout.write("stopped\n")
     return 0
+
+
+def _require_keys(flag: str, keys_file: str | None) -> None:
+    """Raise ValueError unless there is no file of keys to read, or it can be read and is right."""
+    try:
+        if keys_file is not None:
+            read_keys(Path(keys_file))
+    except OSError as error:
+        raise ValueError(
+            f"{flag} must be a file that can be read, got {keys_file}: {error.strerror}; make a line of it "
+            "with python -m deploy.guard.keys NAME"
+        ) from error
 
 
 def refusal_of(settings: ServeSettings) -> str | None:

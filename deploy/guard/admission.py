@@ -143,7 +143,10 @@ class Admission:
         caller = CALLER.get()
         self.check_open()
         if not caller.may_send_batches:
-            message = f"the key {caller.name} has no right to send batch work; make one with --batch"
+            message = (
+                f"the key {caller.name} has no right to send batch work; make one that has it with "
+                f"python -m deploy.guard.keys {caller.name} --batch"
+            )
             raise ApiError(403, "no_batch_right", message)
         if self._batch_slots and self._batch_slots + cost.slots > self._max_batch_slots:
             REFUSED_REQUESTS.inc(1, {"reason": "batch"})

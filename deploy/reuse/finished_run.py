@@ -70,7 +70,7 @@ class FinishedRun:
         if "://" in folder:
             split_uri("cache_from", folder)
         store, path = fs.FileSystem.from_uri(folder) if "://" in folder else (fs.LocalFileSystem(), folder)
-        found = store.get_file_info(fs.FileSelector(path, recursive=True))
+        found = store.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
         self._store = store
         self._paths = sorted(info.path for info in found if _is_output(info))
         self._digests, self._places = np.zeros(0, np.uint64), np.zeros((0, 2), np.uint32)

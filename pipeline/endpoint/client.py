@@ -108,6 +108,10 @@ class Endpoint:
             pause = pause_s(response.headers.get("Retry-After"))
             if response.status not in (429, 503) or time.monotonic() + pause > give_up_at:
                 reason = reason_of(response, answered)
+                if response.status == 401:
+                    reason += "; give a key of this endpoint in a file"
+                elif response.status == 404 and self.target("").endswith("/v1"):
+                    reason += "; leave out /v1, which the routes have themselves"
                 raise EndpointError(f"{self.url} answers {response.status}: {reason}")
             time.sleep(pause)
 

@@ -70,6 +70,15 @@ def test_an_empty_model_is_refused(free_port: int, capsys) -> None:
     assert "model must be" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--keys-file", "--admin-keys-file"])
+def test_a_missing_file_of_keys_is_named_by_its_flag(flag: str, free_port: int, capsys) -> None:
+    """It was "[Errno 2] No such file or directory"."""
+    assert main(["--model", "demo", "--port", str(free_port), flag, "nothing.txt"]) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{flag} must be a file that can be read, got nothing.txt: No such" in said
+    assert said.endswith("python -m deploy.guard.keys NAME")
+
+
 def test_an_empty_keys_file_is_refused(free_port: int, capsys) -> None:
     """As of a variable that is not set: it ended in a traceback, 20 s later."""
     assert main(["--model", "demo", "--port", str(free_port), "--keys-file", ""]) == 3

@@ -335,7 +335,7 @@ def test_a_run_of_other_settings_is_refused_before_anything_starts(
     (tmp_path / "empty").mkdir()
     for flags, said in (
         (["--cache-from", str(tmp_path / "empty")], "which has no rows"),
-        (["--cache-from", str(tmp_path / "nothing")], "nothing"),
+        (["--cache-from", str(tmp_path / "nothing")], "nothing, which has no rows"),
         (
             ["--cache-from", finished, *exact, "--image-jpeg-draft"],
             "image_jpeg_draft of the service (True)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.cli.main import main
+from pipeline.endpoint.client import Endpoint, EndpointError
 from pipeline.endpoint.settings import EndpointSettings
 from pipeline.run.prepare import prepare, prepare_retry
 from pipeline.settings.job_settings import CaptionSettings
@@ -128,3 +130,22 @@ def test_a_password_in_the_address_is_refused_and_not_said(url: str) -> None:
     with pytest.raises(ValueError, match="endpoint must hold no password") as refused:
         EndpointSettings(endpoint=url)
     assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("", 401, "give a key of this endpoint in a file"),
+        ("/v1/", 404, "leave out /v1, which"),
+        ("/a", 404, "no"),
+    ],
+)
+def test_a_missing_key_and_the_address_for_openai_are_named(
+    path: str, status: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address that OpenAI's clients take ends in /v1; it was said that there is no '/v1/v1/model'."""
+    response = SimpleNamespace(status=status, headers={}, reason="no", read=lambda: b"")
+    connection = SimpleNamespace(request=lambda *_: None, getresponse=lambda: response, close=lambda: None)
+    monkeypatch.setattr(Endpoint, "connect", lambda *_: connection)
+    with pytest.raises(EndpointError, match=f"{said}[^;]*$"):
+        Endpoint(f"http://head:8000{path}").model()

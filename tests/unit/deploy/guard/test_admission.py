@@ -159,7 +159,8 @@ def test_a_key_needs_the_right_to_send_batch_work() -> None:
         return caught.value
 
     error = asyncio.run(run())
-    assert (error.code, error.type) == (403, "no_batch_right") and "--batch" in error.message
+    assert (error.code, error.type) == (403, "no_batch_right")
+    assert error.message.endswith("python -m deploy.guard.keys alice --batch")
 
 
 async def test_batch_work_ends_with_the_service_or_after_its_time_and_does_not_hold_it_up() -> None:
