@@ -88,6 +88,7 @@ def caption(
     Raises:
         ValueError: the model is unknown, a column is missing or cannot hold images, or a column has the
             name of a new one.
+        TypeError: an argument is of another type.
 
     Examples:
         >>> from pathlib import Path
@@ -97,6 +98,7 @@ def caption(
         >>> captioned = pipeline.caption(ds, EngineConfig(model="demo"))
         >>> captioned.select_columns(["caption", "status"]).show()
     """
+    _check_types(ds, engine, options, asks=asks, embeds=embeds, scores=scores)
     outputs = Outputs.of(
         asks,
         embeds,
@@ -143,6 +145,25 @@ def add_results(ds: Dataset, spec: CaptionSpec, placement: Placement) -> Dataset
         fn_constructor_args=(resolved, reservations.caption.accelerators),
         **caption_pool(placement, reservations),
     )
+
+
+def _check_types(ds: object, engine: object, options: object, **named: object) -> None:
+    """Refuse what is no dataset, no configuration of an engine, no options, or names no columns."""
+    if not isinstance(ds, Dataset):
+        raise TypeError(
+            f"ds must be a ray.data.Dataset, got {type(ds).__name__}; make one with ray.data.from_items, "
+            "from_pandas, from_huggingface or read_parquet"
+        )
+    if not hasattr(engine, "build"):
+        raise TypeError(
+            f"engine must be a configuration, such as EngineConfig(model='demo'), from which each worker "
+            f"builds an engine, got {type(engine).__name__}"
+        )
+    if not isinstance(options, GenerationOptions):
+        raise TypeError(f"options must be GenerationOptions, got {type(options).__name__}")
+    for name, columns in named.items():
+        if not isinstance(columns, Mapping | None):
+            raise TypeError(f"{name} must be a dictionary of new columns, got {type(columns).__name__}")
 
 
 class DatasetStage(CaptionStage):

@@ -204,9 +204,11 @@ def require_room(num_tokens: int, what: str, max_positions: int | None, num_quer
         ValueError: there are too many tokens.
     """
     if max_positions is not None and num_queries + num_tokens > max_positions:
+        has_new_tokens = "max_new_tokens" in what
+        remedy = "lower max_new_tokens, or shorten the prompt" if has_new_tokens else "shorten the text"
         raise ValueError(
             f"{what} must have at most {max_positions - num_queries} tokens ({max_positions} positions minus "
-            f"{num_queries} queries), got {num_tokens}; shorten the text"
+            f"{num_queries} queries), got {num_tokens}; {remedy}"
         )
 
 

@@ -58,7 +58,10 @@ def to_requests(
     if isinstance(asked, Request) or _is_one_image(asked):
         return [to_request(cast("Request | ImageLike", asked), prompt, changes)]
     if not _is_list(asked):
-        raise TypeError(f"requests must be a Request, an image or a list of them, got {type(asked).__name__}")
+        raise TypeError(
+            f"requests must be a Request, an image or a list of them, got {type(asked).__name__}; an image "
+            "is bytes, a path, a PIL image, an array or a tensor"
+        )
     return [to_request(one, prompt, changes) for one in cast("Iterable[Request | ImageLike | None]", asked)]
 
 

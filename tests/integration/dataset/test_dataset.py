@@ -129,6 +129,25 @@ def test_a_missing_image_column_is_refused_by_name():
         pipeline.caption(ds, engine=FakeEngineConfig())
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"ds": [{"image": b""}]},
+            "ds must be a ray.data.Dataset, got list; make one with ray.data.from_items",
+        ),
+        ({"engine": "demo"}, r"engine must be a configuration, such as .* worker builds an engine, got str$"),
+        ({"options": {"num_beams": 2}}, "options must be GenerationOptions, got dict"),
+        ({"asks": ["color"]}, "asks must be a dictionary of new columns, got list"),
+    ],
+)
+def test_a_wrong_type_is_refused_by_name(change, said):
+    """It was an AttributeError of something inside."""
+    arguments = {"ds": ray.data.from_items([{"image": png(1)}]), "engine": FakeEngineConfig()} | change
+    with pytest.raises(TypeError, match=said):
+        pipeline.caption(**arguments)
+
+
 def test_two_kinds_of_prompt_are_refused():
     ds = ray.data.from_arrow(pa.table({"image": [png(1)], "question": ["what?"]}))
     with pytest.raises(ValueError, match="prompt_column cannot be given together with prompt"):

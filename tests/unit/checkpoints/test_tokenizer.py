@@ -79,3 +79,9 @@ def test_end_tokens_are_tokens_of_the_model(tmp_path, eos_token_id, end_ids, sco
     prompts = PromptTokenizer(tmp_path, tiny_config(eos_token_id=eos_token_id))
     assert prompts.end_ids == end_ids
     assert prompts.encode_text("a")[1:] == scored
+
+
+def test_too_many_new_tokens_have_a_remedy_of_their_own():
+    """A prompt of one word with max_new_tokens=100000 was said to be too long."""
+    with pytest.raises(ValueError, match="got 200; lower max_new_tokens, or shorten the prompt"):
+        tokenizer.require_room(200, "prompt and max_new_tokens together", 192, 8)

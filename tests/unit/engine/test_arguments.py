@@ -220,7 +220,10 @@ def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda e: e.generate({}), "requests must be a Request, an image or a list of them, got dict"),
+        (
+            lambda e: e.generate({}),
+            "a list of them, got dict; an image is bytes, a path, a PIL image, an array or a",
+        ),
         (lambda e: e.generate(None), "requests must be a Request, an image or a list of them, got NoneType"),
         (lambda e: e.generate(io.BytesIO(png())), "or a list of them, got BytesIO"),  # which has lines
         (lambda e: e.features(io.BytesIO(png())), "images must be a list, got BytesIO"),
