@@ -1,4 +1,4 @@
-"""A real cluster of several nodes on this machine; its processes are found by what they do, and killed."""
+"""A real cluster of several nodes on this machine; its processes are found by command line and killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from ray.cluster_utils import Cluster
 
 NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
-"""A worker node; the head has no CPUs, as recommended for a cluster that may lose machines."""
+"""A worker node; the head has no CPUs, as recommended for a cluster whose machines may disappear."""
 DEADLINE_S = 240
 
 
@@ -36,7 +36,7 @@ def cluster(num_nodes: int, **node: Any) -> Iterator[Cluster]:
 def start_driver(
     cluster: Any, settings: dict[str, Any], engine: dict[str, Any], log: Path
 ) -> subprocess.Popen:
-    """Start the caption command with a fake engine, in a process of its own, on a cluster with an address."""
+    """Start the caption command with a fake engine in its own process, on the cluster at an address."""
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.drive", json.dumps({"settings": settings, "engine": engine})],
@@ -47,19 +47,19 @@ def start_driver(
 
 
 def processes(cluster: Cluster, what: str) -> list[int]:
-    """Return the processes of the cluster whose command line contains a text; other clusters are ignored."""
+    """Return the processes of this cluster whose command line contains a text."""
     return [pid for node in cluster.list_all_nodes() for pid in processes_of(node, what)]
 
 
 def processes_of(node: Any, what: str) -> list[int]:
-    """Return the processes of one node, a `ray` Node, whose command line contains a text."""
+    """Return the processes of a node (a `ray` Node) whose command line contains a text."""
     raylet = node.all_processes["raylet"][0].process.pid
     table = _table()
     return [pid for pid, (_, line) in table.items() if what in line and raylet in _ancestors(pid, table)]
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the processes that a process has started, and those that they have started."""
+    """Return all descendants of a process."""
     table = _table()
     return [other for other in table if pid in list(_ancestors(other, table))[1:]]
 
@@ -72,7 +72,7 @@ def _ancestors(pid: int, table: Mapping[int, tuple[int, str]]) -> Iterator[int]:
 
 
 def _table() -> dict[int, tuple[int, str]]:
-    """Return the parent and the command line of each process that runs."""
+    """Return the parent and the command line of each running process."""
     found = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -96,7 +96,7 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def wait_until(condition: Callable[[], Any], driver: subprocess.Popen, log: Path) -> Any:
-    """Return the value of `condition` once it is true; the driver must not end before."""
+    """Wait until `condition` returns a true value, and return it; fail if the driver ends first."""
     deadline = time.monotonic() + DEADLINE_S
     while not (value := condition()):
         assert driver.poll() is None, log.read_text()

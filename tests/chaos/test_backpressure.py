@@ -1,4 +1,4 @@
-"""Backpressure: ten times the size of the object store passes through it, and nothing is spilled to disk.
+"""Backpressure: ten times the object store's size passes through it, and nothing is spilled to disk.
 
 Reading and decoding are faster than the engine here. Without backpressure the pixels of the whole input would
 wait in the store.
@@ -33,7 +33,7 @@ def caption_of(seed: int) -> str:
 
 
 def store_of_the_worker(nodes: Cluster) -> Any:
-    """Return what the raylet of the node with CPUs reports about its object store."""
+    """Return the raylet's statistics of the object store on the node with CPUs."""
     for node in get_state_from_address(nodes.address).node_table():
         if node["Alive"] and node["Resources"].get("CPU"):
             address, port = node["NodeManagerAddress"], node["NodeManagerPort"]

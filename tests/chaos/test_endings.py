@@ -1,4 +1,4 @@
-"""How a job ends that is stopped or that waits: what was done, the last sentence, the exit status.
+"""How a stopped or waiting job ends: the work that is kept, the last sentence, the exit status.
 
 The endings that need no cluster are in tests/unit/cli/test_refusals.py.
 """
@@ -33,7 +33,7 @@ def nodes() -> Iterator[Cluster]:
 
 @dataclass
 class Scene:
-    """A job at work: it has written a fragment, and a gate holds the rows that follow."""
+    """A running job that has written a fragment; a gate holds the rows that follow."""
 
     driver: subprocess.Popen
     output: Path
@@ -48,7 +48,7 @@ def send(number: signal.Signals) -> Callable[[Scene], None]:
 
 
 def terminate_while_the_output_fails(scene: Scene) -> None:
-    """Put a file in the place of the folder of fragments, and open the gate, so that rows are written."""
+    """Replace the folder of fragments by a file, then open the gate, so that rows cannot be written."""
     fragments = scene.output / "_blip2" / "fragments"
     fragments.rename(scene.output / "_blip2" / "aside")
     fragments.write_text("in the way")

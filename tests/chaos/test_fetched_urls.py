@@ -1,4 +1,4 @@
-"""A thousand images by URL from several threads, good and bad: each has its status, and harms no other."""
+"""Several threads fetch a thousand images, good and bad: each gets its status and affects no other."""
 
 from __future__ import annotations
 

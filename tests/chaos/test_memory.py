@@ -1,6 +1,6 @@
-"""Memory that does not grow with the work: an engine's with its requests, a reader's with the size of a tar.
+"""Memory does not grow with the work: an engine's with its requests, a reader's with the size of a tar.
 
-An engine's grows at first: oneDNN keeps a kernel for each shape, up to `MAX_CPU_KERNELS`, and the allocator
+An engine's memory grows at first: oneDNN keeps a kernel per shape, up to `MAX_CPU_KERNELS`, and the allocator
 keeps what the largest batches needed.
 """
 
@@ -36,7 +36,7 @@ with EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=1).bu
 """
 
 MAX_GROWTH_MB = 60
-"""From the 3,000th request to the 10,000th; without the bound it is 300 MB."""
+"""Allowed growth from the 3,000th to the 10,000th request; without the bound on kernels it is 300 MB."""
 
 
 def test_memory_is_flat_over_ten_thousand_requests() -> None:
@@ -68,7 +68,7 @@ MAX_READER_GROWTH_MB = 40
 
 
 def test_a_tar_of_any_size_is_read_in_constant_memory() -> None:
-    """A reader that keeps the headers of a tar, its names or a part of its bytes cannot read 50 GB."""
+    """A reader that kept a tar's headers, names or a part of its bytes could not read 50 GB."""
     peaks_mb = []
     for size in (SMALL_TAR_BYTES, LARGE_TAR_BYTES):
         server = TarServer(GeneratedTar(size))

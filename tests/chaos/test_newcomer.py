@@ -1,8 +1,8 @@
-"""A newcomer follows the README and the tutorial word for word, in an environment of their own.
+"""A newcomer follows the README and the tutorial word for word, in a fresh environment.
 
-The wheel and torch come from where pip finds packages, and published checkpoints from a hub on the loopback
-interface: of their layout and with random weights. What needs a bucket, a cluster or a source tree is left
-out. The tests print how long each command takes; most of it is pip (`pytest -s`).
+The wheel and torch come from pip's configured index. Published checkpoints come from a hub on loopback, with
+their layout and random weights. Commands that need a bucket, a cluster or a source tree are skipped.
+The tests print how long each command takes; most of it is pip (`pytest -s`).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 MODELS = {"Salesforce/blip2-flan-t5-xl": "t5", "Salesforce/blip2-opt-2.7b-coco": "opt"}
 NUM_PHOTOS = 33
 NOT_HERE = ("s3://", "make ", "ray ", "blip2 submit", "--index-url")
-"""What needs a bucket, a source tree, a cluster, or an index of another host."""
+"""Commands that need a bucket, a source tree, a cluster, or an index on another host."""
 
 
 class ModelHub(BaseHTTPRequestHandler):
-    """What `snapshot_download` asks a hub for."""
+    """The requests that `snapshot_download` sends to a hub."""
 
     protocol_version = "HTTP/1.1"
     folders: Mapping[str, Path]
@@ -95,7 +95,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 class Newcomer:
-    """Somebody with a fresh home, who types commands and waits for them."""
+    """A user with a fresh home folder who types commands and waits for them."""
 
     def __init__(self, root: Path, hub: str) -> None:
         self.root = root
@@ -104,7 +104,7 @@ class Newcomer:
         of_pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
         self.environment = of_pip | {
             "HOME": str(root / "home"),
-            "PIP_CONSTRAINT": str(ROOT / "constraints.txt"),  # the versions that are tested
+            "PIP_CONSTRAINT": str(ROOT / "constraints.txt"),  # the tested versions
             "PATH": f"{self.venv / 'bin'}:/usr/bin:/bin",
             "HF_ENDPOINT": hub,
             "LANG": "C.UTF-8",
@@ -113,7 +113,7 @@ class Newcomer:
         subprocess.run([sys.executable, "-m", "venv", str(self.venv)], check=True)
 
     def folder(self, name: str) -> Path:
-        """Return a new working folder with what the documents take for granted."""
+        """Return a new working folder with the files that the documents assume."""
         folder = self.root / name
         draw_pictures(folder / "photos", NUM_PHOTOS)
         shutil.copy(next((folder / "photos").glob("*.png")), folder / "picture.png")
@@ -121,7 +121,7 @@ class Newcomer:
         return folder
 
     def run(self, line: str, cwd: Path, status: int = 0) -> str:
-        """Run one line in a shell, which must end with this exit status, and return what it has printed."""
+        """Run a line in a shell, assert its exit status, and return its output."""
         with self.timed(line):
             done = subprocess.run(["bash", "-c", line], cwd=cwd, env=self.environment, capture_output=True)
         said = (done.stdout + done.stderr).decode()
@@ -130,7 +130,7 @@ class Newcomer:
 
     @contextmanager
     def timed(self, line: str) -> Iterator[None]:
-        """Print how long the block takes, under the name of a line."""
+        """Print how long the block takes, labeled with a line."""
         began = time.monotonic()
         yield
         self.minutes.append((time.monotonic() - began) / 60)
@@ -138,7 +138,7 @@ class Newcomer:
 
     @contextmanager
     def served(self, line: str, cwd: Path) -> Iterator[None]:
-        """Run a line in another terminal during the block, which begins when its first line of output says
+        """Run a line in another terminal during the block, which begins once its first line of output says
         that it is ready, and end it with Ctrl-C."""
         server = subprocess.Popen(
             shlex.split(line), cwd=cwd, env=self.environment, stdout=subprocess.PIPE, text=True
@@ -155,7 +155,7 @@ class Newcomer:
 
 
 def lines_of(block: Block) -> list[str]:
-    """The command lines of a block that work on this machine."""
+    """Return the command lines of a block that work on this machine."""
     lines = [line.partition("#")[0].strip() for line in block.text.splitlines()]
     return [line for line in lines if line and not any(word in line for word in NOT_HERE)]
 
@@ -165,9 +165,9 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory, hub: str) -> Newcomer:
     return Newcomer(tmp_path_factory.mktemp("newcomer"), hub)
 
 
-@pytest.mark.timeout(3600)  # most of it is pip
+@pytest.mark.timeout(3600)  # pip takes most of it
 def test_the_readme_leads_to_captions(newcomer: Newcomer) -> None:
-    """In its order, from the installation to the endpoint, with what each line needs and does not bring."""
+    """The whole README in order, from installation to endpoint, plus the files that its lines assume."""
     folder = newcomer.folder("readme")
     (folder / "dist").mkdir()
     shutil.copy(build_wheel(newcomer.root / "wheel"), folder / "dist")
@@ -184,7 +184,7 @@ def test_the_readme_leads_to_captions(newcomer: Newcomer) -> None:
         missing = newcomer.run(serve, folder, status=3)
         newcomer.run(missing.rpartition("; run: ")[2].strip(), folder)
         with newcomer.served(serve, folder):
-            answer, _ = json.JSONDecoder().raw_decode(newcomer.run(ask, folder))  # then curl's meter
+            answer, _ = json.JSONDecoder().raw_decode(newcomer.run(ask, folder))  # the rest is curl's
             assert answer["caption"]
     assert (folder / "report.html").exists()
     for output in ("captions", "photo_captions"):
@@ -193,7 +193,7 @@ def test_the_readme_leads_to_captions(newcomer: Newcomer) -> None:
 
 @pytest.mark.timeout(1800)
 def test_the_tutorial_leads_to_captions_of_ones_own(newcomer: Newcomer) -> None:
-    """It goes on from the README, in the same environment."""
+    """The tutorial continues from the README, in the same environment."""
     folder = newcomer.folder("tutorial")
     said = ""
     for block in blocks("sh", ("docs/tutorial.md",)):

@@ -1,4 +1,4 @@
-"""Both engines compute in bfloat16 on a CPU without AVX512, slowly; a variable hides the instructions."""
+"""Without AVX512 both engines still compute in bfloat16, slowly; a variable hides the instructions."""
 
 from __future__ import annotations
 

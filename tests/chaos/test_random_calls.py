@@ -1,4 +1,4 @@
-"""Thousands of random calls from several threads: each ends as it should, and harms no other."""
+"""Thousands of random calls from several threads: each gets the expected result and affects no other."""
 
 from __future__ import annotations
 

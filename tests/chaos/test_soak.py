@@ -1,6 +1,6 @@
 """A long run under random deaths: every few seconds a process is killed, and no row is lost or written twice.
 
-Between two starts of the driver the input changes too: a shard is added, replaced or deleted.
+Between two starts of the driver the input also changes: a shard is added, replaced or deleted.
 
 BLIP2_SOAK_SEED repeats the choices of an earlier run; the timing of the machine still differs.
 """
@@ -28,7 +28,7 @@ NUM_TARS, ROWS_PER_TAR, LINKS = 20, 500, 2
 MIN_KILLS = 40
 PAUSE_S = (5.0, 10.0)
 VICTIMS = {
-    # Texts in the command lines of processes, and how often each is chosen.
+    # Texts in the command lines of the processes to kill, and their relative frequencies.
     WriteStage.__name__: 4,
     DecodeStage.__name__: 2,
     "decode_child": 2,
@@ -45,7 +45,7 @@ Images = Mapping[str, bytes]
 
 
 class ChangingInput:
-    """Tars that a test adds, replaces and deletes, and what is in them."""
+    """Tars that a test adds, replaces and deletes, and their contents."""
 
     def __init__(self, folder: Path, chance: random.Random) -> None:
         self._folder, self._random = folder, chance
@@ -58,14 +58,14 @@ class ChangingInput:
                 self.truth[linked] = self.truth[shard]
         self._unchanged = set(self.truth)
         self.deleted: dict[str, Images] = {}
-        """Tars that are gone: those of their rows that were finished before stay."""
+        """Deleted tars: their rows that were finished earlier stay."""
         self.changes: Counter[str] = Counter()
 
     def change(self) -> None:
-        """Change one tar; each kind of change comes as often as the others."""
+        """Change one tar; each kind of change is equally likely."""
         number = self.changes.total()
         kind = CHANGES[number % len(CHANGES)]
-        # A driver may die before it sees a change: the rows of a deleted tar must be of its only content.
+        # A driver may die before it sees a change, so a deleted tar must have had only one content.
         choice = self._unchanged if kind == "deleted" else self.truth.keys()
         shard = f"added/{number:05d}.tar" if kind == "added" else self._random.choice(sorted(choice))
         self._unchanged.discard(shard)
@@ -85,7 +85,7 @@ class ChangingInput:
 
 
 class Soak:
-    """A run whose processes are killed and which is started again until it is done."""
+    """A run whose processes are killed, and which is started again until it is finished."""
 
     def __init__(self, nodes: Cluster, root: Path, seed: int) -> None:
         self._nodes, self._root = nodes, root
@@ -93,7 +93,7 @@ class Soak:
         self.input = ChangingInput(root / "in", self._random)
         self.outputs = [root / "out0"]
         self.expected: list[tuple[Path, dict[str, Images], dict[str, Images]]] = []
-        """For each finished output, the tars that it must hold, and those that were deleted."""
+        """For each finished output: the tars that it must hold, and those that were deleted."""
         self.kills: Counter[str] = Counter()
         self.restarts = 0
         self.driver = self._start()
@@ -110,7 +110,7 @@ class Soak:
         return start_driver(self._nodes, settings, {"seconds_per_image": 0.02}, self._root / "log")
 
     def run(self) -> None:
-        """Kill a process every few seconds, in job after job, until a job ends and enough was killed."""
+        """Kill a process every few seconds, in job after job, until enough were killed and a job ends."""
         while True:
             try:
                 status = self.driver.wait(self._random.uniform(*PAUSE_S))

@@ -1,7 +1,7 @@
 """A cluster with Ray's real autoscaler on this machine, from the committed `ray_cluster.yaml`.
 
-The node types and their limits are those of the file, with few cores per node. The provider is Ray's own for
-tests: it starts each node as processes of this machine.
+The node types and their limits are those of the file, with few cores per node. The provider is the one that
+Ray tests itself with: it starts each node as processes of this machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CLUSTER_FILE = Path(__file__).parents[3] / "ray_cluster.yaml"
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD_ID = "f" * 51 + "00000"
 HEAD_TYPE = "ray.head.default"
-"""The name that the provider gives the head."""
+"""The provider's name for the head."""
 NO_COMMANDS = (
     "setup_commands",
     "head_setup_commands",
@@ -44,15 +44,15 @@ OBJECT_STORE_BYTES = 150_000_000
 
 @dataclass(frozen=True)
 class Autoscaled:
-    """The cluster, as tests see it."""
+    """A running cluster for tests."""
 
     address: str
     configuration: Path
-    """The file that the autoscaler reads."""
+    """The config file of the autoscaler."""
 
     @contextmanager
     def paused_autoscaler(self) -> Iterator[None]:
-        """Let no node come or go inside the block."""
+        """Keep nodes from starting or stopping inside the block."""
         (autoscaler,) = [
             process
             for process in psutil.process_iter(["cmdline"])
@@ -65,18 +65,18 @@ class Autoscaled:
             autoscaler.resume()
 
     def nodes(self, resource: str) -> list[dict[str, Any]]:
-        """Return the nodes that are alive and have a resource; the caller is connected."""
+        """Return the live nodes that have a resource; the caller must be connected to Ray."""
         import ray
 
         return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
 
 
 def configuration(gcs_address: str, max_accelerators: int) -> dict[str, Any]:
-    """Return the committed cluster on this machine, with one more node type that has an NPU."""
+    """Return the committed cluster, set to run on this machine, with one more node type that has an NPU."""
     cluster = yaml.safe_load(CLUSTER_FILE.read_text())
     kinds = cluster["available_node_types"]
     kinds["accelerator"]["max_workers"] = max_accelerators
-    kinds["accelerator_on_demand"]["max_workers"] = 0  # so that a test can have all of them busy
+    kinds["accelerator_on_demand"]["max_workers"] = 0  # so that a test can keep all accelerators busy
     kinds["npu"] = {"min_workers": 0, "max_workers": 1, "resources": {"CPU": 1, "NPU": 1}}
     for name, kind in kinds.items():
         kind["node_config"] = {}
@@ -112,7 +112,7 @@ def configuration(gcs_address: str, max_accelerators: int) -> dict[str, Any]:
 
 @contextmanager
 def autoscaled(folder: Path, max_accelerators: int) -> Iterator[Autoscaled]:
-    """Start the head and its autoscaler, and no other node; end all of them by their ids."""
+    """Start the head and its autoscaler, but no other node; on exit, end all their processes by id."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     address = f"127.0.0.1:{ports['port']}"
     file, log = folder / "autoscaler.yaml", folder / "head.log"
@@ -164,7 +164,7 @@ def _wait_for_head(head: subprocess.Popen, log: Path) -> None:
 
 
 def _address_in(log: Path) -> str:
-    """Return where the head listens: Ray replaces a loopback address by that of the machine."""
+    """Return the address of the head: Ray replaces a loopback address by the machine's own."""
     found = re.search(r"--address='([^']+)'", log.read_text())
     assert found, log.read_text()
     return found[1]

@@ -1,4 +1,4 @@
-"""The sentences of a job's log, for tests that compare them with recorded ones."""
+"""Compare the sentences of a job's log with recorded ones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def assert_said(log: Path, *recorded: str) -> None:
-    """Assert that a log has these lines in this order, with others between them.
+    """Assert that a log has these lines in this order; other lines may come between them.
 
     Args:
-        recorded: whole lines; "…" stands for a name, a number or a time of any kind.
+        recorded: whole lines; "…" matches any name, number or time.
     """
     lines = log.read_text().splitlines()
     rest = iter(lines)

@@ -1,4 +1,4 @@
-"""The caption command on a Ray that starts its processes and then times out; prints what is left of them.
+"""Run the caption command on a Ray that starts its processes, then times out; print the remaining processes.
 
 python -m tests.chaos.own_clusters.ray_that_fails '{"settings": {...}, "engine": {...}}'
 """
@@ -27,7 +27,7 @@ def main(arguments: str) -> int:
     started: list[str] = []
 
     def time_out(*_: object) -> NoReturn:
-        """Raise what Ray raises when its processes have not answered for 30 seconds."""
+        """Raise what Ray raises if its processes do not answer for 30 seconds."""
         started.extend(child.name() for child in psutil.Process().children(recursive=True))
         raise Exception(TIMED_OUT)
 

@@ -1,7 +1,7 @@
 """Ray's real autoscaler, from the committed cluster file: accelerators from zero, busy, added, lost, refused.
 
-The accelerators exist only as resources of Ray, because the engine is a fake. Everything that was decided
-once, from what the cluster had when the job started, failed here: the job captioned on CPUs to its end.
+The engine is a fake, so the accelerators are only resources of Ray. Decisions that were made once, from the
+nodes at the start of the job, used to fail here: the job captioned on CPUs to its end.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def cluster(own_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(autouse=True)
 def no_driver_left() -> Iterator[None]:
-    """End the driver of a test that has failed: it would hold the accelerators of the next one."""
+    """End the driver of a failed test, which would hold the accelerators of the next test."""
     yield
     for process in psutil.Process().children():
         if process.status() != psutil.STATUS_ZOMBIE and "tests.drive" in process.cmdline():
@@ -60,7 +60,7 @@ def wait(condition: Callable[[], Any]) -> Any:
 
 
 def raylet_of(node: dict[str, Any]) -> int:
-    """Return the process of a node: the parent of its workers."""
+    """Return the raylet of a node: the parent of its workers."""
     on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     return ray.get(ray.remote(_parent).options(num_cpus=0, scheduling_strategy=on_node).remote())
 
@@ -73,7 +73,7 @@ def _parent() -> int:
 def test_without_a_flag_accelerators_come_from_zero_a_lost_one_costs_nothing_and_all_go(
     cluster: Autoscaled, tmp_path: Path
 ) -> None:
-    # Work for both workers, however late the second one is: Ray Data lets a worker go that finds none left.
+    # Enough work for both workers, however late the second starts: Ray Data drops a worker that finds none.
     truth = write_tars(tmp_path / "in", num_tars=8, rows_per_tar=240)
     placement = {"calls_per_actor": 1}
     settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), "placement": placement}
@@ -83,7 +83,7 @@ def test_without_a_flag_accelerators_come_from_zero_a_lost_one_costs_nothing_and
     assert not cluster.nodes("GPU")
     engine = {"dtype": "auto", "trace": str(trace), "gate": str(gate), "gate_after": 20}
     driver = start_driver(cluster, settings, engine, log)
-    # The autoscaler pauses between the first CPU node and the first accelerator, until the job has said so.
+    # Pause the autoscaler between the first CPU node and the first accelerator, until the job waits.
     wait_until(lambda: cluster.nodes("CPU"), driver, log)
     with cluster.paused_autoscaler():
         wait_until(lambda: "waiting for the first captioning worker" in log.read_text(), driver, log)
@@ -108,7 +108,7 @@ def test_without_a_flag_accelerators_come_from_zero_a_lost_one_costs_nothing_and
         "captioning worker … on … is ready; 2 at work",
         "1 attempt, … UTC to … UTC: 1,920 rows in … of work (… rows/s)",
     )
-    assert_said(  # before, between or after the sentences about its worker
+    assert_said(  # in any order relative to the sentences about its worker
         log,
         "node … (1 CPU, 1 GPU) was lost: …; the cluster has … nodes left",
         "node … (1 CPU, 1 GPU) joined; the cluster has … nodes",
@@ -195,7 +195,7 @@ def test_while_all_accelerators_are_busy_the_job_says_so_and_a_node_added_by_han
 
 
 class Busy:
-    """Holds an accelerator for somebody else."""
+    """Holds an accelerator for another user."""
 
     def ready(self) -> bool:
         return True
@@ -213,7 +213,7 @@ def test_another_accelerator_is_started_by_its_name(cluster: Autoscaled, tmp_pat
 
 
 def test_an_accelerator_that_no_node_type_has_is_refused(cluster: Autoscaled, tmp_path: Path) -> None:
-    """The job waited for ever."""
+    """The job used to wait forever."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
     settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
     started = time.monotonic()
@@ -232,7 +232,7 @@ def test_an_accelerator_that_no_node_type_has_is_refused(cluster: Autoscaled, tm
 
 @pytest.mark.timeout(600)
 def test_an_accelerator_that_torch_cannot_use_is_refused(cluster: Autoscaled, tmp_path: Path) -> None:
-    """The engine captioned on the CPU next to it, without a word."""
+    """The engine used to caption silently on the CPU next to the accelerator."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""The example that kills its own run: what it had finished is kept, and the rest is captioned afterwards."""
+"""The example that kills its own run keeps the finished rows, and captions the rest when it resumes."""
 
 from __future__ import annotations
 

@@ -21,13 +21,13 @@ from ray.util.metrics import Metric
 from pipeline import metrics
 
 WITHOUT_TROUBLE = {"blip2_store_retries", "blip2_replayed_calls", "blip2_device_failures"}
-"""Nothing fails in this job, so these are not exported."""
+"""Metrics of failures; nothing fails in this job, so they are not exported."""
 
 
 def test_a_job_exports_its_metrics_and_its_workers_log_where_a_row_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_metrics_report_interval_ms", "200")  # 10 s by default, longer than this job
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "200")  # the default of 10 s is longer than this job
     images = tmp_path / "images"
     images.mkdir()
     for number in range(600):
@@ -70,14 +70,14 @@ def test_a_job_exports_its_metrics_and_its_workers_log_where_a_row_has_failed(
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return the messages of our loggers in the workers."""
+    """Return the messages of this project's loggers in the workers."""
     lines = [line for path in folder.glob("worker-*.err") for line in path.read_text().splitlines()]
     messages = [json.loads(line) for line in lines if line.startswith("{")]
     return [one for one in messages if one["name"].startswith(("pipeline", "blip2_actor"))]
 
 
 def scraped(port: int) -> dict[str, float]:
-    """The series of this project, by their names and labels."""
+    """Return this project's series, with their names and labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     return {

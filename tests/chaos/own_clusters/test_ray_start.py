@@ -1,4 +1,4 @@
-"""A Ray that does not start: one sentence that says what to do, exit status 1, and no process left."""
+"""If Ray does not start, the command says in one sentence what to do, exits with 1 and leaves no process."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from tests.integration.inputs import write_tars
 
 MODULE = "tests.chaos.own_clusters.ray_that_fails"
 AGENTS_END_WITHIN_S = 30.0
-"""Ray's agents are children of the raylet; they end by themselves when they notice that it is gone."""
+"""Ray's agents are children of the raylet; they end by themselves once they notice that it is gone."""
 
 
 @pytest.fixture
 def ray_folder() -> Iterator[str]:
-    """A folder that the command lines of this test's Ray processes name; short, for the paths of sockets."""
+    """A folder that the command lines of this test's Ray processes name; short, because it holds sockets."""
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield folder
 
@@ -32,7 +32,7 @@ def processes_that_name(text: str) -> list[str]:
 
 
 def test_a_timeout_is_one_sentence_and_leaves_no_process(tmp_path, ray_folder):
-    """On a loaded machine the command ended in Ray's traceback, and its processes ran on meanwhile."""
+    """On a loaded machine the command used to end in Ray's traceback, while its processes went on."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
     settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -22,7 +22,7 @@ DEADLINE_S = 120
 
 
 def start(root: Path, number: int, **engine: object) -> subprocess.Popen:
-    """Start the driver of a slice, on a local cluster of its own."""
+    """Start the driver of a slice on its own local cluster."""
     settings = {"input": [str(root / "in")], "output": str(root / "out"), "slice": f"{number}/2"}
     arguments = json.dumps({"settings": settings, "engine": {"trace": str(root / "trace"), **engine}})
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -1,4 +1,4 @@
-"""`blip2 submit` to a cluster of its own: a job's own end, a second submission, and a stop."""
+"""`blip2 submit` to a real cluster: a job that ends, a second submission, and a stop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from blip2_actor.demo.scenes import SceneSampler, draw
 from tests.integration.job.job_cluster import BIN, ROOT, job_cluster, job_environment
 
 REFUSED_WITHIN_S = 30
-"""Submitting included: Ray copies the packages, and starts two Pythons."""
+"""Includes the submission, for which Ray copies the packages and starts two Pythons."""
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -35,7 +35,7 @@ def dashboard(environment: dict[str, str]) -> Iterator[str]:
 
 @pytest.fixture
 def start(dashboard: str, environment: dict[str, str], tmp_path: Path):
-    """Submit a job on drawn scenes from a folder that holds an older output and files of the user."""
+    """Submit a job on drawn scenes, from a folder that also holds an older output and files of the user."""
     scenes = SceneSampler("held_out", seed=0).sample(20)
     (tmp_path / "images").mkdir()
     for number, pixels in enumerate(draw(scenes, side_px=96)):
@@ -92,7 +92,7 @@ def test_a_refused_job_ends_the_command_with_its_own_status(start):
 
 
 def test_a_typo_that_is_tried_again_ends_in_seconds_starts_nothing_and_is_noted(start, dashboard, tmp_path):
-    """A RayJob tries again by itself, each time on a fresh cluster: only the output can say why."""
+    """A RayJob retries by itself on a fresh cluster each time, so only the output can tell why it failed."""
     for _ in range(2):
         started = time.monotonic()
         status, out, err = ended(start(input="nowhere", output="typo"))
@@ -119,7 +119,7 @@ def test_a_second_submission_follows_the_job_that_runs_and_a_stop_says_what_is_k
     following = start(output="stopped")
     assert following.stdout is not None
     assert f"the job {submission_id} runs already" in following.stdout.readline()
-    while "output in" not in (line := following.stdout.readline()):  # The driver is at work.
+    while "output in" not in (line := following.stdout.readline()):  # until the driver is at work
         assert line, following.communicate()
     status, _, err = ended(start(input="images/00.png", output="stopped"))
     assert status == 1 and f"the job {submission_id} works on {tmp_path / 'stopped'} already" in err

@@ -1,4 +1,4 @@
-"""`blip2 caption` from a folder whose files have the names of our packages and of packages that we use."""
+"""`blip2 caption` in a folder whose files have the names of our packages and of our dependencies."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 
 from tests.integration.inputs import png, write_tar
 
-# A cluster of its own starts and ends; this takes minutes on a busy machine.
+# A cluster starts and ends; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_the_workers_of_a_local_cluster_import_our_packages(tmp_path: Path) -> None:
-    """Ray puts the working folder in front of the import path of every worker: the job hung or failed."""
+    """Ray puts the working folder first in every worker's import path: the job used to hang or fail."""
     for name in ("pipeline", "blip2_actor", "deploy", "PIL", "pyarrow"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('the file of the user was imported')\n")
     write_tar(tmp_path / "in" / "a.tar", {"x": png(0), "y": png(1)})

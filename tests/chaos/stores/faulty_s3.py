@@ -1,7 +1,7 @@
-"""An S3 server (moto) in a process of its own, which can be told to fail.
+"""An S3 server (moto) in its own process that fails on request.
 
 `python -m tests.chaos.stores.faulty_s3` prints its port. After `POST /faults?each=N&outage_at=KIND`
-the first N requests of each kind (method and subject) get 503 SlowDown or, after they were carried out, 500
+the first N requests of each kind (method and subject) get 503 SlowDown or, after being carried out, 500
 InternalError. From the next request of the kind `outage_at` on, all requests fail for a while; the first of
 them is answered only after the client has timed out. `GET /faults` counts the failures by kind.
 """
@@ -24,9 +24,9 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 OUTAGE_S = 7.0
-"""Longer than Arrow's client retries: 30 times, 0.2 s apart."""
+"""Longer than Arrow's client retries (30 times, 0.2 s apart)."""
 SLOW_S = 4.0
-"""Longer than Arrow's client waits for one answer."""
+"""Longer than Arrow's client waits for an answer."""
 SUBJECTS = ("/report.json", "_blip2/fragments", "_blip2/lease", "_blip2/probe", "_blip2/", ".parquet", ".tar")
 
 
@@ -90,7 +90,7 @@ def _refuse(answer: str, start: Callable) -> list[bytes]:
 
 
 class FaultyStore:
-    """The running server: URIs in it, and its faults."""
+    """The running server: URIs in it, and its counts of faults."""
 
     def __init__(self, port: int) -> None:
         self._control = f"http://127.0.0.1:{port}/faults"
@@ -102,7 +102,7 @@ class FaultyStore:
         return f"s3://key:secret@{path}{self.options}"
 
     def fail(self, each: int, outage_at: str = "") -> None:
-        """Make the first `each` requests of each kind fail, then all for a while from one kind on."""
+        """Make the first `each` requests of each kind fail, then all for a while, starting with one kind."""
         urlopen(f"{self._control}?{urlencode({'each': each, 'outage_at': outage_at})}", data=b"").close()
 
     def failures(self) -> dict[str, int]:

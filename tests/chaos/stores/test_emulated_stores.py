@@ -1,4 +1,4 @@
-"""Input, output, lease and model in stores: Ceph's S3, and emulators of Azure and Google, where installed."""
+"""Input, output, lease and model in Ceph's S3 and in emulators of Azure and Google, where installed."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:Re
 def store(
     request: pytest.FixtureRequest, own_ray: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Store]:
-    """One store after the other."""
+    """Each store in turn."""
     folder = tmp_path_factory.mktemp(request.param)
     starts = {"s3": ceph, "gs": lambda _: google()}
     with starts.get(request.param, partial(azure, request.param))(folder) as started:
         os.environ.update(started.environment)
-        fsspec.get_filesystem_class(started.model_scheme).clear_instance_cache()  # it forgets no port
+        fsspec.get_filesystem_class(started.model_scheme).clear_instance_cache()  # drops old ports
         yield started
 
 
 @pytest.fixture
 def two_cpus(store: Store) -> Iterator[None]:
-    """A local Ray whose workers reach the store."""
+    """A local Ray whose workers can reach the store."""
     options = {"object_store_memory": 200 << 20, "include_dashboard": False, "log_to_driver": False}
     ray.init(address="local", num_cpus=2, **options)
     yield
@@ -93,7 +93,7 @@ def test_one_driver_holds_the_lease(store):
 
 def test_of_drivers_that_start_together_one_gets_the_lease(store, monkeypatch):
     folder = Folder(store.uri("race"))
-    if store.scheme == "abfs":  # by Arrow, which has no condition: the others find out within a heartbeat
+    if store.scheme == "abfs":  # Arrow cannot write conditionally; the others notice within a heartbeat
         assert not folder.put_new("x", b"") and folder.names() == []
         return
     assert (folder.put_new("x", b"1"), folder.put_new("x", b"2"), folder.get("x")) == (True, False, b"1")
@@ -166,7 +166,7 @@ def test_a_driver_that_is_killed_is_resumed(store, tmp_path):
 
 
 def captions_in(folder, fragments):
-    """Return the captions that had reached the store."""
+    """Return the captions that have reached the store."""
     return [
         caption
         for rows in (read_fragment(folder, fragment.name) for fragment in fragments)

@@ -1,4 +1,4 @@
-"""Input and output in a store that fails: each kind of request at first, then all requests for a while."""
+"""Input and output in a failing store: first each kind of request fails, then all requests for a while."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def store() -> Iterator[FaultyStore]:
 
 
 def test_a_small_file_is_one_request(store):
-    """By default Arrow makes three requests, and a job writes thousands of fragments."""
+    """By default Arrow tries three times, which is too few for a job that writes thousands of fragments."""
     folder = Folder(store.uri("bucket/small"), retry_for_s=30)
     store.fail(each=1)
     folder.put("_blip2/fragments/a", b"1")
@@ -72,7 +72,7 @@ def test_the_store_fails_while_a_job_reads_and_writes(store, tmp_path):
         "PUT /report.json",
         "PUT .parquet",
         "POST other",
-    }  # the last: deletes many
+    }  # the last one deletes many objects at once
     assert expected <= {k for k, n in failures.items() if n == 1}
     assert failures["outage"] > 20, failures
     for shard, images in truth.items():

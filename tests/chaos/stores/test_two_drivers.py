@@ -1,4 +1,4 @@
-"""Two drivers that start at the same moment on one bucket: the lease is written under a condition."""
+"""Two drivers start at the same moment on one bucket: the store's conditional write grants one the lease."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_one_wins_and_the_other_is_refused_with_its_name(tmp_path: Path) -> None
             )
             for _ in range(2)
         ]
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # until one of them ends
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # until one of the drivers ends
         winner, loser = sorted(drivers, key=lambda driver: driver.poll() is not None)
         said, _ = loser.communicate()
         assert loser.returncode == 1, said

@@ -1,6 +1,6 @@
-"""A cluster whose driver has no accelerator: actors use those of the workers, and "auto" means their dtype.
+"""A driver without an accelerator: actors use those of the workers, and "auto" chooses the dtype for these.
 
-The accelerator exists only as a resource of Ray, because the engine is a fake.
+The engine is a fake, so the accelerator is only a resource of Ray.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ sys.exit(plan(settings, FakeEngineConfig(dtype="auto", seconds_per_image=0.01)))
 
 @pytest.mark.timeout(300)
 def test_a_plan_is_measured_by_the_accelerator_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The driver's dtype "auto" is float32; that of the fake accelerator is bfloat16."""
+    """For the driver, "auto" means float32; for the fake accelerator, bfloat16."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     write_tars(tmp_path / "in", num_tars=2, rows_per_tar=30)
     with cluster(num_nodes=1, num_gpus=1) as nodes:

@@ -1,4 +1,4 @@
-"""The ports of a cluster's head, in a network of its own, are those that `docs/operating.md` lists."""
+"""A cluster's head listens only on the ports that `docs/operating.md` lists."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.processes import is_loopback
 
 ROOT = Path(__file__).parents[4]
 ADDRESS = "10.0.0.1"
-"""Of the head, in a network of its own in which every default port is free."""
+"""The head's address, in its own network namespace, where every default port is free."""
 FIRST_RANDOM_PORT = 32_768
-"""Linux takes a port from here on for a socket that names none."""
+"""The first port that Linux assigns to a socket that asks for any port."""
 PROGRAM = """
 import os, subprocess, sys
 import psutil, ray, yaml
@@ -57,13 +57,13 @@ def documented_ports() -> list[range]:
 
 @pytest.mark.timeout(240)
 def test_a_head_listens_on_the_ports_that_the_documentation_lists() -> None:
-    """The list lacked the ports of the agent, of workers, and of the dashboard's metrics."""
+    """The list used to lack the ports of the agent, of workers, and of the dashboard's metrics."""
     with_address = f'ip link set lo up && ip addr add {ADDRESS}/32 dev lo && exec "$0" "$@"'
     in_own_network = ["unshare", "--net", "sh", "-c", with_address]
     if subprocess.run([*in_own_network, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this user may not make a network")
     start = shlex.split(yaml.safe_load(CLUSTER_FILE.read_text())["head_start_ray_commands"][-1])
-    # Without the file that names machines of a cloud, the autoscaler listens all the same.
+    # Without the file that lists the machines of a cloud, the autoscaler still listens.
     flags = [flag for flag in start[1:] if not flag.startswith("--autoscaling-config")]
     flags += ["--block", f"--node-ip-address={ADDRESS}", "--num-cpus=4", "--object-store-memory=200000000"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A node with a disk of its own where the driver has its input or output: refused, and nothing is written."""
+"""A job whose input or output is hidden on one node by another disk is refused, and writes nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.chaos.cluster import cluster, descendants, kill, start_driver
 from tests.integration.inputs import write_tars
 
 SEPARATE = ["unshare", "-m"]
-"""Runs a command with mounts of its own."""
+"""Runs a command in its own mount namespace."""
 
 
 @pytest.fixture
 def private(tmp_path: Path) -> Path:
-    """Return a folder in which the node will have another disk."""
+    """Return a folder over which the node mounts another disk."""
     folder = tmp_path / "private"
     folder.mkdir()
     mount = [*SEPARATE, "mount", "-t", "tmpfs", "none", str(folder)]
@@ -49,7 +49,7 @@ def head_and_private_node(own_ray: None, private: Path) -> Iterator[Any]:
 def test_what_a_node_does_not_share_is_refused_and_nothing_is_written(
     head_and_private_node: Any, private: Path, tmp_path: Path
 ) -> None:
-    """Everything was captioned, then lost; and an input that workers do not see counted as finished."""
+    """The job used to lose all its captions, or count an input that workers do not see as finished."""
     write_tars(tmp_path / "shared", num_tars=2, rows_per_tar=5)
     write_tars(private / "in", num_tars=2, rows_per_tar=5)
     for name, images, output in (

@@ -1,4 +1,4 @@
-"""`deploy.app:build` with a fake engine, which Serve imports by the `import_path` of a config."""
+"""`deploy.app:build` with a fake engine; a Serve config names it as `import_path`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENGINE_S = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class SlowToLoad(FakeEngineConfig):
-    """A fake engine that takes a while to load, and does not load at all while a file exists."""
+    """A fake engine that loads slowly, and fails to load while a file exists."""
 
     missing: str
 
@@ -31,7 +31,7 @@ class SlowToLoad(FakeEngineConfig):
 
 
 def build(args: dict) -> Application:
-    """Build the application from the `args` of a config and the name of the file."""
+    """Build the application from the `args` of a config that names the file."""
     missing = args.pop("missing")
     settings = ServeArgs.model_validate(args).root
     model = settings.engine.model

@@ -1,4 +1,4 @@
-"""What the endpoint takes before anybody has asked for anything."""
+"""The memory of an endpoint that has served no request yet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_PSS_BYTES = 1 << 30
 
 
 def test_all_processes_together_take_less_than_a_gibibyte(tmp_path: Path) -> None:
-    """Serve imported pandas into five of them."""
+    """Serve used to import pandas into five of them."""
     with endpoint(tmp_path) as (_, command):
         processes = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
         mapped = {process.name(): Path(f"/proc/{process.pid}/maps").read_text() for process in processes}

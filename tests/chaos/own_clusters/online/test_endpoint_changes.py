@@ -1,4 +1,4 @@
-"""The endpoint while it is updated under load, and while it has no engine: an answer, or 503."""
+"""While the endpoint is updated under load, or has no engine, it replies with a caption or 503."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(300)
 
 NUM_CALLERS = 4
 LOOK_BACK_S = 11.0
-"""Just above the ten seconds that Serve takes for its own interval."""
+"""Just above Serve's own interval of ten seconds."""
 PROBED_S = 120.0
 SCALES_TO_ZERO = {
     "min_replicas": 0,
@@ -56,7 +56,7 @@ def deploy(
     others: dict[str, EngineBuilder] | None = None,
     **settings: Any,
 ) -> None:
-    """Deploy the application, or update it; without kept answers, so that every request reaches an engine."""
+    """Deploy or update the application; answers are not cached, so that every request reaches an engine."""
     free = {"ray_actor_options": {"num_cpus": 0}}
     application = compose(
         engine,
@@ -69,13 +69,13 @@ def deploy(
 
 
 def engines(deployment: str = "Captioner") -> int:
-    """Return the number of engines that run or start."""
+    """Return the number of engines that run or are starting."""
     replicas = serve.status().applications["/"].deployments[deployment].replica_states
     return sum(replicas.values())
 
 
 def test_an_update_under_load_is_200_or_503(url: str) -> None:
-    """Serve's own answers in between are plain text with other codes."""
+    """Every other reply is 503 in JSON; Serve's own replies are plain text with other codes."""
     deploy(FakeEngineConfig(model="before", seconds_per_batch=0.02))
     answers: list[httpx.Response] = []
     stop = threading.Event()
@@ -107,13 +107,13 @@ def test_an_update_under_load_is_200_or_503(url: str) -> None:
 
 
 def test_probes_start_no_engine_and_a_request_does(url: str) -> None:
-    """A probe that asked an engine would keep one awake for ever."""
+    """If a probe asked an engine, it would keep that engine awake forever."""
     deploy(FakeEngineConfig(model="sleepy"), {"autoscaling_config": SCALES_TO_ZERO})
     assert post(url, png(1)).status_code == 200
     wait_for(lambda: engines() == 0, seconds=60)
     codes = set()
     ends_at_s = time.monotonic() + PROBED_S
-    while time.monotonic() < ends_at_s:  # a request starts one at once, as the end of this test shows
+    while time.monotonic() < ends_at_s:  # one request would start an engine, as the end of this test shows
         for path in ("/livez", "/readyz", "/healthz", "/startupz"):
             codes.add(httpx.get(f"{url}{path}").status_code)
         assert engines() == 0
@@ -123,7 +123,7 @@ def test_probes_start_no_engine_and_a_request_does(url: str) -> None:
 
 
 def test_each_model_sleeps_until_a_request_names_it(url: str) -> None:
-    """A gateway that asked all engines at its start would wake the models that nobody uses."""
+    """If a starting gateway asked all engines, it would wake models that nobody uses."""
     others: dict[str, EngineBuilder] = {"second": FakeEngineConfig(model="folder")}
     deploy(FakeEngineConfig(model="first"), {"autoscaling_config": SCALES_TO_ZERO}, others)
     wait_for(lambda: engines() == engines("Captioner_second") == 0, seconds=90)
@@ -136,7 +136,7 @@ def test_each_model_sleeps_until_a_request_names_it(url: str) -> None:
 
 
 def until_answered(call: Callable[[], httpx.Response]) -> httpx.Response:
-    """Call again while the answer is 503, as a client does."""
+    """Repeat the call while the answer is 503, as a client does."""
     ends_at_s = time.monotonic() + 60
     while (answer := call()).status_code == 503 and time.monotonic() < ends_at_s:
         time.sleep(int(answer.headers["retry-after"]))

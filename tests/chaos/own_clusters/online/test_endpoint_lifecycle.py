@@ -1,4 +1,4 @@
-"""The endpoint while it drains and while parts are killed: an answer, or 503 with the time of another try."""
+"""While the endpoint drains or loses parts, it replies with a caption, or with 503 and a time to retry."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(400)
 
 SLOW = {"num_beams": 16, "max_new_tokens": 180, "min_new_tokens": 180}
 LENGTHS = (4, 7, 10, 30)
-"""Maximum numbers of tokens, one for each caller."""
+"""Maximum number of tokens for each caller."""
 PNG, CAPTION = draw_scene_png()
 
 
@@ -38,9 +38,9 @@ def ask(url: str, **options: object) -> httpx.Response:
 
 @contextmanager
 def endpoint(folder: Path, *flags: str) -> Iterator[tuple[str, Popen[str]]]:
-    """A running endpoint; at the end of the block it is told to stop, unless it has ended."""
+    """Run an endpoint; on exit, tell it to stop unless it has already ended."""
     port = free_port()
-    # Without kept answers, every request reaches the parts that a test kills.
+    # Answers are not cached, so that every request reaches the parts that a test kills.
     flags = ("--port", str(port), "--num-threads", "1", "--cache-bytes", "0", *flags)
     with serving(folder, *flags) as command:
         assert command.stdout is not None
@@ -54,20 +54,20 @@ def endpoint(folder: Path, *flags: str) -> Iterator[tuple[str, Popen[str]]]:
 
 
 def operator(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Return the headers of an operator's request, and the flags of an endpoint that takes them."""
+    """Return the headers of an operator's requests, and the flags of an endpoint that accepts them."""
     admins, key = folder / "admins.txt", "the key of the operator"
     admins.write_text(f"operator {hashlib.sha256(key.encode()).hexdigest()}\n")
     return {"authorization": f"Bearer {key}"}, ["--admin-keys-file", str(admins)]
 
 
 def num_running(url: str, headers: dict[str, str]) -> int:
-    """Return how many requests the engine has."""
+    """Return the number of requests in the engine."""
     [engine] = httpx.get(f"{url}/admin/stats", headers=headers, timeout=60).json()["engines"]
     return int(engine["num_requests"] - engine["num_finished"])
 
 
 def check_contract(answer: httpx.Response) -> None:
-    """An answer is a caption, or says in JSON when to try again."""
+    """Assert that an answer is a caption, or says in JSON when to retry."""
     assert answer.status_code in (200, 503), answer.text
     if answer.status_code == 200:
         assert answer.json()["status"] == "ok"
@@ -76,7 +76,7 @@ def check_contract(answer: httpx.Response) -> None:
 
 
 def test_a_drain_answers_what_has_begun_and_refuses_what_comes(tmp_path: Path) -> None:
-    """SIGTERM with slow requests ended in exit status 1, and 404 in plain text for those that came."""
+    """SIGTERM during slow requests used to cause exit status 1, and 404 in plain text for new requests."""
     headers, flags = operator(tmp_path)
     with endpoint(tmp_path, *flags) as (url, command), ThreadPoolExecutor(3) as callers:
         slow = [callers.submit(ask, url, **SLOW | {"no_repeat_ngram_size": size}) for size in (50, 51, 52)]
@@ -100,7 +100,7 @@ def test_a_drain_answers_what_has_begun_and_refuses_what_comes(tmp_path: Path) -
 
 
 def test_a_gateway_that_is_replaced_during_a_drain_is_drained(tmp_path: Path) -> None:
-    """Its successor took requests again, although the operator had drained the service."""
+    """A new gateway used to accept requests, although the operator had drained the service."""
     headers, flags = operator(tmp_path)
     with endpoint(tmp_path, *flags) as (url, command):
         assert ask(url).status_code == 200
@@ -121,9 +121,9 @@ def test_killed_parts_are_503_until_they_are_replaced(tmp_path: Path) -> None:
 
 
 def kill_under_load(url: str, command: Popen[str], part: str) -> float:
-    """Kill a part under four callers; return the seconds until captions come again.
+    """Kill a part under four callers; return the seconds until captions are served again.
 
-    The callers ask for texts of different lengths, so that none shares the work of another.
+    The callers ask for texts of different lengths, so that no two share the same work.
     """
     expected = {length: ask(url, max_new_tokens=length).json()["token_ids"] for length in LENGTHS}
     answers: list[httpx.Response] = []
@@ -138,7 +138,7 @@ def kill_under_load(url: str, command: Popen[str], part: str) -> float:
                     assert answer.json()["token_ids"] == expected[length]
                     num_texts[length] += 1
             except httpx.TransportError:
-                time.sleep(0.05)  # the proxy of the only node is gone; nobody is there to answer
+                time.sleep(0.05)  # the only node's proxy is dead, so no connection is accepted
 
     with ThreadPoolExecutor(len(LENGTHS)) as callers:
         calls = [callers.submit(call, length) for length in LENGTHS]

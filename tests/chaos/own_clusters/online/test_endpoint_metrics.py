@@ -1,4 +1,4 @@
-"""Prometheus scrapes a running endpoint: every rule evaluates, and the dashboard has series."""
+"""Prometheus scrapes a running endpoint: every rule evaluates, and the dashboard's queries find series."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ pytestmark = [
 ]
 MONITORING = Path(__file__).parents[4] / "deploy/kubernetes/components/monitoring"
 NOT_BROUGHT_ABOUT = ("refused", "error_counter", "shadow_requests", "trial_rows")
-"""In the panels that need trouble, or a model on trial."""
+"""Metrics that appear only after trouble or with a model on trial."""
 SCRAPE_EVERY_S = 12
 
 
 @contextmanager
 def prometheus(folder: Path, scraped: int) -> Iterator[str]:
-    """A Prometheus with the alert rules, which scrapes a port of this machine; yields its URL."""
+    """Run Prometheus with the alert rules, scraping a port of this machine; yield its URL."""
     rules = yaml.safe_load((MONITORING / "alert_rules.yaml").read_text())["spec"]
     (folder / "rules.yaml").write_text(yaml.safe_dump(rules))
     job = {"job_name": "ray", "static_configs": [{"targets": [f"127.0.0.1:{scraped}"]}]}
@@ -53,7 +53,7 @@ def prometheus(folder: Path, scraped: int) -> Iterator[str]:
 def panels() -> Iterator[tuple[str, str]]:
     for panel in json.loads((MONITORING / "dashboards/endpoint.json").read_text())["panels"]:
         for target in panel["targets"]:
-            # Label `ray_io_cluster` comes from Kubernetes; here there is one cluster without a name.
+            # Kubernetes sets the label `ray_io_cluster`; here there is one cluster without a name.
             yield panel["title"], target["expr"].replace("$cluster", ".*").replace("[5m]", "[1m]")
 
 
@@ -67,7 +67,7 @@ def test_prometheus_evaluates_the_rules_and_draws_the_panels(tmp_path: Path) -> 
         def query(expression: str) -> list[Any]:
             try:
                 answer = httpx.get(f"{api}/query", params={"query": expression})
-            except httpx.TransportError:  # it is starting
+            except httpx.TransportError:  # Prometheus is still starting
                 return []
             found: list[Any] = answer.json()["data"]["result"]
             return found

@@ -1,6 +1,6 @@
-"""An endpoint under load for minutes: memory, threads and open files of its parts stay flat.
+"""Under load for minutes, the memory, threads and open files of the endpoint's parts stay flat.
 
-BLIP2_SOAK_S is how long it runs, after a warm-up; ten minutes by default.
+BLIP2_SOAK_S is the duration in seconds after the warm-up, 600 by default.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ pytestmark = pytest.mark.timeout(SOAK_S + WARM_UP_S + 300)
 NUM_CALLERS = 4
 PARTS = ("ServeReplica:blip2:Gateway", "ServeReplica:blip2:Captioner", "ProxyActor")
 MAX_GROWTH_BYTES = 64 << 20
-"""Of a part, from the first third of the soak to its last; a leak of 10 kB a request is more."""
+"""Allowed growth of a part from the soak's first third to its last; a leak of 10 kB a request exceeds it."""
 MAX_MORE = 8
-"""Threads or open files of a part; connections and pools come and go."""
+"""Allowed growth in threads or open files of a part, because connections and pools come and go."""
 Sample = tuple[float, int, int]
-"""Bytes, threads, open files."""
+"""Bytes, threads and open files of each part."""
 
 
 def use(url: str, client: httpx.Client, number: int) -> None:
-    """Ask in one of the ways that leave something behind when they are served wrongly."""
+    """Send a request of a kind that would leak something if it were served wrongly."""
     kind = random.Random(number).choice(("caption", "caption", "stream", "broken", "left", "models"))
     files = {"image": PNG}
     if kind == "caption":

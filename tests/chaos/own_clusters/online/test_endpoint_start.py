@@ -1,4 +1,4 @@
-"""A Ray that does not come up under the endpoint: one sentence, exit status 1, and no process left."""
+"""If Ray does not start, the endpoint prints one sentence, exits with 1 and leaves no process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ local_service._start_ray = start_ray_too_late
 from deploy.__main__ import main
 sys.exit(main())
 """
-"""The endpoint with a Ray whose processes start but never report; the wait of 30 s takes 2 s."""
+"""The endpoint on a Ray whose processes start but never report; the wait of 30 s is shortened to 2 s."""
 
 
 def test_a_ray_that_comes_up_too_late_is_one_sentence_and_leaves_nothing_running(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A running endpoint exports one trace for a request, from Serve's proxy to the steps of the engine."""
+"""A running endpoint exports one trace per request, from Serve's proxy to the steps of the engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch)
         assert ask(url).json()["caption"] == CAPTION
 
         def trace() -> dict[str, Any]:
-            """Return the spans of the trace of the caption, by name."""
+            """Return the spans of the trace of a caption, by name."""
             found = {span.trace_id for span in collector.spans if span.name == "decode_steps"}
             return {span.name: span for span in collector.spans if span.trace_id in found}
 

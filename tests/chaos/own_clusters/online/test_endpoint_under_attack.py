@@ -1,4 +1,4 @@
-"""One innocent caller next to hostile ones, who each send what once stopped the endpoint for everybody."""
+"""A normal caller next to hostile ones, each with a request that once stopped the endpoint for everybody."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ pytestmark = pytest.mark.timeout(400)
 ATTACK_S = 25.0
 NUM_IDLE = 100
 MAX_GROWTH_BYTES = 400 << 20
-"""One client may have a proxy hold 128 MiB; the rest is for passing on and parsing bodies of 16 MiB."""
+"""The proxy may hold 128 MiB for one client; the rest is for forwarding and parsing bodies of 16 MiB."""
 
 
 def bomb() -> bytes:
-    """Return a legal picture of 81 million pixels in 80 kB."""
+    """Return a valid picture of 81 million pixels in 80 kB."""
     side, deflate = 9000, zlib.compressobj(9)
     rows = b"".join(deflate.compress(bytes(1 + 3 * side)) for _ in range(side)) + deflate.flush()
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -59,9 +59,9 @@ def head(num_bytes: int, *more: str, media: str = "multipart/form-data; boundary
 
 
 def hostile_requests() -> list[tuple[bytes, float]]:
-    """Return what is sent, and how long the client waits before it leaves."""
+    """Return the body to send, and how long the client waits before it disconnects."""
     picture = form(bomb())
-    # Different requests, because equal ones would share their work.
+    # The requests differ, because equal ones would share their work.
     heavies = [form(PNG, json.dumps(SLOW | {"no_repeat_ngram_size": size})) for size in range(50, 66)]
     punycode = (
         b'--xx\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n-' + b"b" * 300_000 + b"\r\n--xx--\r\n"
@@ -81,17 +81,17 @@ def hostile_requests() -> list[tuple[bytes, float]]:
 
 
 def attack(port: int, request: bytes, stay_s: float, ends_at_s: float) -> None:
-    """Send a request again and again; stay with each until it is answered or the client has had enough."""
+    """Repeat a request; wait each time until it is answered or the client's time is up."""
     while time.monotonic() < ends_at_s:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as client:
             client.settimeout(min(stay_s, max(0.1, ends_at_s - time.monotonic())))
             client.sendall(request)
             client.recv(65536)
-        time.sleep(0.2)  # the limit of what one test may ask of this machine
+        time.sleep(0.2)  # limits the load on this machine
 
 
 def attack_with_all(port: int, has_begun: Event) -> None:
-    """Send every hostile request for `ATTACK_S`, each from a client of its own."""
+    """Send every hostile request for `ATTACK_S`, each from its own client."""
     requests = hostile_requests()
     ends_at_s = time.monotonic() + ATTACK_S
     with ThreadPoolExecutor(len(requests)) as clients:
@@ -102,7 +102,7 @@ def attack_with_all(port: int, has_begun: Event) -> None:
 
 @contextlib.contextmanager
 def under_attack(port: int) -> Iterator[None]:
-    """Attack while the block runs, from a process of its own, for whose threads no measurement waits."""
+    """Attack during the block from another process, so that its threads do not delay the measurements."""
     spawning = multiprocessing.get_context("spawn")
     has_begun = spawning.Event()
     attackers = spawning.Process(target=attack_with_all, args=(port, has_begun))
@@ -116,7 +116,7 @@ def under_attack(port: int) -> Iterator[None]:
 
 
 def latencies(call: Callable[[], httpx.Response], until: Iterator[bool]) -> list[float]:
-    """Call one after the other; return the seconds of each, sorted."""
+    """Send one call after another; return their durations in seconds, sorted."""
     seconds = []
     for _ in itertools.takewhile(bool, until):
         began_s = time.monotonic()
@@ -131,7 +131,7 @@ def p99(seconds: list[float]) -> float:
 
 
 def test_an_innocent_caller_does_not_notice_hostile_ones(tmp_path: Path) -> None:
-    # One client with a new connection for each request: what it computes for TLS is no part of a latency.
+    # One client with a new connection per request: setting up TLS must not count in the latency.
     caller = httpx.Client(verify=False, timeout=120, headers={"connection": "close"})
     with (
         caller,
@@ -148,7 +148,7 @@ def test_an_innocent_caller_does_not_notice_hostile_ones(tmp_path: Path) -> None
             return caller.get(f"{url}/startupz")
 
         parts = [descendant(part, command.pid) for part in ("ServeReplica:blip2:Gateway", "ProxyActor")]
-        # Ray's own choice of 15 would give the attackers next to it most of the CPU time.
+        # With Ray's default of 15, the attackers would get most of the CPU time.
         assert all(part.nice() <= psutil.Process().nice() for part in parts)
         idle = latencies(caption, iter([True] * NUM_IDLE + [False]))
         before = [part.memory_info().rss for part in parts]
@@ -178,7 +178,7 @@ def test_an_innocent_caller_does_not_notice_hostile_ones(tmp_path: Path) -> None
             ],
         }
         print(json.dumps(figures))
-        # Twice the idle latency, and half a second for two cores that also run decoders and attackers.
+        # Twice the idle latency, plus half a second because decoders and attackers use the two cores too.
         assert p99(attacked) < 2 * p99(idle) + 0.5, figures
         assert growth_bytes < MAX_GROWTH_BYTES, figures
         assert psutil.pid_exists(parts[0].pid) and psutil.pid_exists(parts[1].pid)

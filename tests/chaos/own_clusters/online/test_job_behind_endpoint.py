@@ -1,4 +1,4 @@
-"""The endpoint of a job is killed in the middle: the job waits, goes on when it is back, loses nothing."""
+"""A job's endpoint is killed midway: the job waits, continues when the endpoint is back, and loses no row."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def endpoint(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
 
 
 def kill_all(command: subprocess.Popen[str]) -> None:
-    """Kill an endpoint with all its processes, as a power cut does."""
+    """Kill an endpoint and all its processes, as a power cut would."""
     processes = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
     for process in processes:
         try:
@@ -94,7 +94,7 @@ def test_a_job_outlives_the_death_of_its_endpoint(tmp_path: Path) -> None:
                 while not fragments_of(output):
                     assert job.poll() is None, job.communicate()[0]
                     time.sleep(0.02)
-                os.kill(first.pid, signal.SIGSTOP)  # it starts nothing in place of what is killed
+                os.kill(first.pid, signal.SIGSTOP)  # so that it restarts nothing that is killed
                 kill_all(first)
                 assert job.poll() is None, "the job has ended before its endpoint"
                 lines_until(job, f"endpoint has been out of reach ({url} ")

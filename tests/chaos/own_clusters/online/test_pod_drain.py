@@ -1,4 +1,4 @@
-"""The preStop hook of the manifests drains a worker: Ray stops the node when nothing runs on it any more."""
+"""The preStop hook of the manifests drains a worker: Ray stops the node when nothing runs on it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLUSTER = Path(__file__).parents[4] / "deploy/kubernetes/base/ray_cluster.yaml"
 
 
 def hook(cluster: Cluster, raylet: int) -> subprocess.Popen:
-    """Run the hook's own command as in the pod of a raylet; in a pod it is the only one."""
+    """Run the hook's command for one raylet; in a pod there is only one."""
     groups = yaml.safe_load(CLUSTER.read_text())["spec"]["workerGroupSpecs"]
     (container,) = groups[0]["template"]["spec"]["containers"]
     shell, flag, script = container["lifecycle"]["preStop"]["exec"]["command"]
@@ -48,7 +48,7 @@ def test_a_worker_ends_when_its_work_has_and_the_hook_of_one_that_has_ended_retu
         draining = hook(cluster, raylet.pid)
         assert ray.get(answer, timeout=60) == "done"
         raylet.wait(timeout=60)
-        draining.kill()  # the end of the container does this
+        draining.kill()  # as the container's end does
         draining.wait()
         again = hook(cluster, os.getpid())
         assert again.wait(timeout=60) != 0, "no node to drain: the hook must not hold the pod"

@@ -1,6 +1,6 @@
-"""The committed Serve config at two requests a second, through updates, rollbacks and deaths.
+"""The committed Serve config at two requests a second, during updates, rollbacks and deaths.
 
-The limit of the latency needs a machine that is not busy with other work.
+The latency limit needs a machine that is otherwise idle.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ CONFIG = ROOT / "deploy/serve_config.yaml"
 PER_S = 2.0
 MAX_P99_S = 5.0
 BURST = 16
-"""Requests that are sent at once before a replica dies."""
+"""Number of requests sent at once before a replica is killed."""
 SEEN_AFTER_S = 1.0
-"""After this long nobody sends a request to a dead replica any longer."""
+"""Seconds after which requests no longer go to a dead replica."""
 PATIENCE_S = 60.0
 TIMEOUT_S = 10.0
-"""`timeout_s` of the service, shorter than the committed one so that a test can wait for it."""
+"""`timeout_s` of the service, shorter than the committed one to keep the test short."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Answered:
 
 @dataclass
 class Load:
-    """Requests at a fixed rate, each with another picture, whatever becomes of those before it."""
+    """Send requests at a fixed rate, each with another picture, without waiting for earlier answers."""
 
     url: str
     answers: list[Answered] = field(default_factory=list)
@@ -103,7 +103,7 @@ class Load:
         self.answers.append(Answered(code, kind, found.get("model"), is_right, began_s, seconds))
 
     def wait_for_model(self, model: str) -> None:
-        """Wait until the last answers are of one model."""
+        """Wait until the latest answers come from one model."""
         begun = len(self.answers)
         wait_for(
             lambda: (
@@ -131,7 +131,7 @@ class Service:
     missing: Path
 
     def deploy(self, model: str, **captioner: Any) -> None:
-        """Apply the committed config with a fake engine that needs no accelerator."""
+        """Apply the committed config with a fake engine, which needs no accelerator."""
         config = yaml.safe_load(CONFIG.read_text())
         (application,) = config["applications"]
         application["import_path"] = "tests.chaos.own_clusters.online.fake_application:build"
@@ -141,7 +141,7 @@ class Service:
         arguments |= {"timeout_s": TIMEOUT_S, "engine": {"model": model}}
         for deployment in application["deployments"]:
             deployment["ray_actor_options"] = {"num_cpus": 0}
-            deployment.pop("max_replicas_per_node", None)  # there is one node
+            deployment.pop("max_replicas_per_node", None)  # this Ray has one node
         schema = ServeDeploySchema(applications=config["applications"])
         _get_global_client().deploy_apps(schema)
 
@@ -149,7 +149,7 @@ class Service:
         return serve.status().applications["blip2"].status.value
 
     def is_whole(self) -> bool:
-        """Return whether two replicas of each part run, and nothing else."""
+        """Return whether two replicas of each part run, and no others."""
         application = serve.status().applications["blip2"]
         return application.status == "RUNNING" and all(
             {state: number for state, number in part.replica_states.items() if number} == {"RUNNING": 2}
@@ -172,7 +172,7 @@ def service(own_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def check(what: str, load: Load) -> None:
-    """Nobody was refused, misled or kept waiting."""
+    """Assert that nobody was refused, got a wrong caption or waited too long."""
     figures = show(what, load)
     assert not figures["failed"], figures
     assert figures["p99_s"] < MAX_P99_S, figures
@@ -208,7 +208,7 @@ def test_an_update_and_a_rollback(service: Service) -> None:
 
 
 def test_a_bad_update_and_the_way_back(service: Service) -> None:
-    """The engines of an update that cannot start must not take the place of those that serve."""
+    """Engines of an update that cannot start must not replace those that serve."""
 
     def bad_update(load: Load) -> None:
         service.deploy(NO_SUCH_MODEL)
@@ -222,11 +222,11 @@ def test_a_bad_update_and_the_way_back(service: Service) -> None:
 
 
 def kill_under_load(service: Service, load: Load, part: str) -> float:
-    """Kill a replica while it works, wait for the one in its place, and return when it was killed."""
+    """Kill a busy replica, wait for its replacement, and return the time of the kill."""
     victim = descendant(f"ServeReplica:blip2:{part}")
     before = len(load.answers)
     load.send(BURST)
-    wait_for(lambda: len(load.answers) >= before + BURST // 4)  # both replicas are in the middle of the rest
+    wait_for(lambda: len(load.answers) >= before + BURST // 4)  # both replicas are busy with the rest
     killed_at_s = time.monotonic()
     victim.kill()
     wait_for(lambda: not service.is_whole(), seconds=60)
@@ -240,7 +240,7 @@ def test_nobody_notices_the_death_of_an_engine(service: Service) -> None:
 
 
 def test_the_death_of_a_gateway_costs_its_requests_in_flight_alone(service: Service) -> None:
-    """The image is in no other process, so that the client must send it again."""
+    """Only the dead replica had the image, so the client must send it again."""
     wait_for(service.is_whole, seconds=120)
     load = Load(service.url)
     with load.running():
@@ -256,7 +256,7 @@ def test_the_death_of_a_gateway_costs_its_requests_in_flight_alone(service: Serv
 
 
 def test_without_an_engine_the_answer_is_503_in_time(service: Service) -> None:
-    """Requests waited for an engine that did not come, until the client gave up."""
+    """Requests used to wait for an engine that never came, until the client gave up."""
     wait_for(service.is_whole, seconds=120)
     service.missing.touch()
     try:
