@@ -46,7 +46,7 @@ def test_a_folder_of_pictures_is_captioned(local_ray, folder, capsys):
 
 
 def test_pictures_that_are_there_are_not_written_again(folder):
-    """A second start of an example found that its input had changed, and was refused."""
+    """An example that was started again used to find its input changed, and was refused."""
     truth = draw_pictures(folder / "pictures", 3)
     before = {file: file.stat().st_mtime_ns for file in (folder / "pictures").iterdir()}
     assert draw_pictures(folder / "pictures", 3) == truth and len(before) == 3
@@ -63,7 +63,7 @@ def test_pictures_that_are_there_are_not_written_again(folder):
     ],
 )
 def test_a_wrong_argument_is_a_sentence(folder, capsys, main, arguments, said):
-    """They were tracebacks."""
+    """These mistakes used to cause tracebacks."""
     with pytest.raises(SystemExit):
         main(arguments)
     assert said in capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_each_image_of_a_folder_is_asked(folder, capsys):
     assert ask_about_folder.main(["pictures"]) == 0
     rows = {row["file"]: row["caption"] for row in csv.DictReader(capsys.readouterr().out.splitlines())}
     assert rows.pop("broken.png").startswith("(the bytes are not a readable")
-    # The prompt "a" is the beginning of the caption, and the answer is its rest.
+    # The prompt "a" is the first word of the caption, and the answer is the rest.
     assert sum(truth[name].removeprefix("a").strip() == rest.strip() for name, rest in rows.items()) >= 3
     assert len(rows) == 6
 
@@ -143,7 +143,7 @@ def test_a_data_set_gets_captions(folder, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_the_cells_of_the_notebook_show_their_results(folder):
-    """Each cell runs as Jupyter runs it: its last expression is what is shown."""
+    """Run each cell as Jupyter does: the value of its last expression is shown."""
     notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())
     assert not any(cell.get("outputs") for cell in notebook["cells"]), "clear the outputs"
     names: dict[str, Any] = {}

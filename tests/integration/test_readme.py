@@ -1,4 +1,4 @@
-"""The commands and the code of the README and of the pages for users, run as they stand there."""
+"""The commands and code of the README and of the user pages, run unchanged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_command_is_one_that_the_command_line_takes(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_hub_has_the_commands_that_upload_results() -> None:
-    """Version 2 of the hub's client has renamed one that guides still name."""
+    """Version 2 of the hub's client has renamed a command that guides still mention."""
     commands = [words for block in blocks("sh") for words in block.commands if words[0] == "hf"]
     assert commands
     for words in commands:
@@ -65,7 +65,7 @@ def test_the_hub_has_the_commands_that_upload_results() -> None:
 
 
 def test_the_runnable_commands_run(local_ray: None, folder: Path) -> None:
-    """Those of the README, and then what the pages say about the output that these have made."""
+    """The README's commands, then those of the pages that read the output of these."""
     (block,) = blocks("sh", where=ANYWHERE)
     after = blocks("sh", where="captions")
     assert block.page == "README.md" and {one.page for one in after} == {"docs/results.md"}
@@ -97,7 +97,7 @@ def test_the_configuration_file_gives_the_settings_that_its_page_shows(
 
 @pytest.mark.slow
 def test_the_python_blocks_run(local_ray: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of a page run in order and share their names; a random model stands for one of the hub."""
+    """The blocks of a page run in order and share names; a random model replaces those of the hub."""
     tiny = str(save_tiny_retrieval_checkpoint(folder / "retrieval"))
     names: dict[str, dict[str, object]] = {}
     runnable = blocks("python", where=ANYWHERE)

@@ -1,8 +1,8 @@
-"""A run that an earlier version of this project began resumes, retries and reports with this one.
+"""This version resumes, retries and reports a run that an earlier version began.
 
 `tests/fixtures/stored_run` was written by version 0.1.0, before the packages were divided into folders: three
-tars of drawn scenes, a run that is half done (one shard written, four rows of the next in fragments) and the
-same run when it is finished.
+tars of drawn scenes, a half-done run (one shard written, four rows of the next in fragments) and the same run
+after it finished.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMAND = ["caption", *FLAGS.split(), "--ask", "colour=what colour?"]
 
 
 def unpack(folder: Path, run: str) -> Path:
-    """Copy the input and one of the stored outputs to `folder`, where the recorded paths then lead."""
+    """Copy the input and one of the stored outputs to the folder to which the recorded paths then lead."""
     shutil.copytree(STORED / "input", folder / "input")
     shutil.copytree(STORED / run, folder / "output")
     shards = folder / "output" / "_blip2" / "shards.jsonl.gz"
@@ -46,7 +46,7 @@ def test_a_run_begun_before_resumes_with_the_same_rows(
     assert (output / "scenes-0.tar.parquet").read_bytes() == written_before
     for expected in sorted((STORED / "finished").glob("*.parquet")):
         found, wanted = pq.read_table(output / expected.name), pq.read_table(expected)
-        # Vectors were fixed-size lists, and still are in the file that was written before.
+        # Vectors were fixed-size lists, and the file that was written before still has these.
         kinds = [{f.name: plain_type(f.type) for f in table.schema} for table in (found, wanted)]
         assert kinds[0] == kinds[1] and found.column_names == wanted.column_names
         assert found.drop(["logprob", "vector"]).equals(wanted.drop(["logprob", "vector"]))

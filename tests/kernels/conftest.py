@@ -1,4 +1,4 @@
-"""The kernels for a GPU, on a GPU, or without one in triton's interpreter (`make kernels`)."""
+"""Run the GPU kernels on a GPU or, without one, in triton's interpreter (`make kernels`)."""
 
 from __future__ import annotations
 

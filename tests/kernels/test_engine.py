@@ -1,6 +1,6 @@
-"""The engine with its kernels for a GPU on a CPU: what the models hand to them, slot by slot.
+"""The engine with its GPU kernels on a CPU: the arguments that the models pass to them, slot by slot.
 
-Only triton's interpreter can do this; on a GPU, `tests/parity/models/test_engine_gpu.py` does.
+Only triton's interpreter allows this; `tests/parity/models/test_engine_gpu.py` is the test on a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WORK: Work = [(i, PROMPTS[i % 4], 2 + 3 * i % 5) for i in range(6)]
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """Let a CPU run every kernel; return what was found."""
+    """Make a CPU run every kernel; return the purposes of the kernels that were used."""
     found: set[str] = set()
 
     def find_kernel(device: torch.device, purpose: str, load: Callable[[], Any]) -> Any:
@@ -71,7 +71,7 @@ def test_operations_in_half_precision_hand_their_rows_over(kernels: set[str]) ->
     torch.nn.init.normal_(norm.weight)
     hidden, update = torch.randn(2, 3, 5, 48).half().transpose(1, 2).unbind(0)
     total, normed = normalize(norm, hidden, update)
-    qkv = torch.randn(2, 129, 3 * 48).half()  # a full block, and a position left over
+    qkv = torch.randn(2, 129, 3 * 48).half()  # one full block and one position more
     attended = vision._attend_to_all(qkv, 3)
     assert kernels == {"Adding and normalizing", "Attention of the vision encoder"}
     assert torch.equal(total, hidden + update)

@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3} | ({torch.bfloat16: 1e-2} if HAS_GPU else {})
 HALF = [dtype for dtype in TOLERANCES if dtype is not torch.float32]
 FP8_ERROR = 0.04 if HAS_GPU else 0.08
-"""Root mean square of the rounding errors, as a part of that of the numbers."""
+"""Root mean square of the rounding errors, relative to that of the numbers."""
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
@@ -47,7 +47,7 @@ def test_every_position_attends_to_all(width: int, num_positions: int, dtype: to
 def test_a_sum_and_its_norm(width: int, dtype: torch.dtype, has_bias: bool) -> None:
     rows, update = ((2 + torch.randn(7, width, device=DEVICE)).to(dtype) for _ in range(2))
     rows[0] *= 1e-3
-    update[0] *= 1e-3  # so that the variance is as small as the epsilon
+    update[0] *= 1e-3  # so that the variance is about as small as the epsilon
     weight, bias = (torch.randn(width, device=DEVICE).to(dtype) for _ in range(2))
     total, normed = add_and_norm(rows, update, (weight, bias if has_bias else None, 1e-6))
     assert torch.equal(total, rows + update)
@@ -64,7 +64,7 @@ ACTIVATIONS = {
 
 
 def assert_scaled(levels: Tensor, largest: Tensor, expected: Tensor) -> None:
-    """Compare rows in fp8 with the numbers for which they stand."""
+    """Compare rows in fp8 with the numbers that they represent."""
     assert levels.dtype is FP8
     count = len(expected)
     found = levels[:count].double() * largest[:count].double() / torch.finfo(FP8).max
@@ -109,7 +109,7 @@ def formula(query: Tensor, kv: Tensor, counts: Tensor, bias: Tensor | None, num_
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("width", [16, 64, 80, 88])
 def test_each_slot_attends_to_its_own_positions(width: int, dtype: torch.dtype, has_bias: bool) -> None:
-    """80 is the width of OPT's heads, 64 that of T5's; what lies behind a slot's positions must not count."""
+    """80 is the head width of OPT, 64 that of T5; data beyond a slot's positions must not count."""
     num_slots, length, num_heads, num_rows = 9, 70, 3, 7
     kv = torch.randn(num_slots, length, 2 * num_heads * width, device=DEVICE).to(dtype)
     query = torch.randn(num_rows, 3 * num_heads * width, device=DEVICE).to(dtype)[:, : num_heads * width]

@@ -79,7 +79,7 @@ def test_arrays_of_one_size_and_of_several_are_read():
 
 
 def test_what_ray_reads_without_a_mode_is_captioned_and_written_as_json(tmp_path):
-    """All but one of these were undecodable, and the digest could not be written."""
+    """All but one of these used to be undecodable, and the digest could not be written."""
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     (tmp_path / "in").mkdir()
     for mode in ("RGB", "L", "RGBA", "LA"):
@@ -178,7 +178,7 @@ def test_several_calls_run_at_once_in_one_actor(tmp_path):
 
 @pytest.mark.slow
 def test_the_pool_grows_while_there_is_work_and_shrinks_when_it_ends(tmp_path):
-    """1 -> 2 -> 1 actors: a busy pool takes what the cluster has, and an idle one gives accelerators back."""
+    """1 -> 2 -> 1 actors: a busy pool takes what the cluster offers; an idle one releases accelerators."""
     gate, trace = tmp_path / "gate", tmp_path / "trace"
     gate.touch()
     ds = ray.data.from_arrow([pa.table({"id": [n], "image": [png(n)]}) for n in range(24)])

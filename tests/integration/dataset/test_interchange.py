@@ -1,4 +1,4 @@
-"""Other libraries write what the job reads, and read what it writes: keys in order, types of the contract."""
+"""Other libraries write what the job reads and read what it writes: keys in order, types as documented."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A cluster that takes jobs, started as people start one, with ports and a folder of its own."""
+"""A cluster that accepts jobs, started as users start one, with its own ports and folder."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def job_environment() -> Iterator[dict[str, str]]:
     """Yield the environment of a cluster's processes, and of the commands that use it."""
     with tempfile.TemporaryDirectory(prefix="rj", dir="/tmp", ignore_cleanup_errors=True) as folder:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        # The job runs `python`; on a cluster that is the Python on which Ray runs.
+        # The job runs `python`; on a cluster this is the Python that runs Ray.
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         yield kept | {"PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
 
 
 @contextmanager
 def job_cluster(environment: dict[str, str]) -> Iterator[str]:
-    """Run a cluster under one process, so that all of it can be ended; yield the dashboard's address."""
+    """Run a cluster under one process, so that all of it can be ended; yield the URL of its dashboard."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
     command += ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
-    command += ["--min-worker-port=0", "--max-worker-port=0"]  # any; the default may be in use
+    command += ["--min-worker-port=0", "--max-worker-port=0"]  # any port; the default range may be in use
     command += [f"--{name}={port}" for name, port in ports.items()]
     ray = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -62,7 +62,7 @@ def job_cluster(environment: dict[str, str]) -> Iterator[str]:
             pytest.fail("".join(printed))
         yield f"http://127.0.0.1:{ports['dashboard-port']}"
     finally:
-        # Also when the test fails: a cluster that is left behind would disturb every later one.
+        # Also when the test fails: a leftover cluster would disturb every later one.
         started = [*psutil.Process(ray.pid).children(recursive=True), ray]
         for process in started:
             process.kill()

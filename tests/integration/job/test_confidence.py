@@ -1,4 +1,4 @@
-"""From captions whose truth is known to a run that says how sure each caption is, as a user does it."""
+"""A user calibrates on captions whose truth is known; a run then says how sure each caption is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
 def write_input(folder: Path, number: int) -> None:
-    """Write drawn scenes, half of them hard to see, with their captions, and one that cannot be read."""
+    """Write drawn scenes with their captions, half of the scenes hard to see, and one unreadable image."""
     examples, draw = make_examples("held_out", 3, number, num_processes=1), np.random.default_rng(0)
     images = []
     for n, image in enumerate(examples.images):

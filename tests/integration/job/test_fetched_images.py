@@ -1,4 +1,4 @@
-"""A job whose rows name their images by address: loaded by the decoding actors, each failure one row."""
+"""A job whose rows hold image addresses: the decoding actors load them, and a failure costs one row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder as people have it, through the command line: each file is a row, or is named as not read."""
+"""A folder of a typical user, through the command line: each file is a row or is reported as not read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PILLOW_FORMATS = {
     "jp2": "JPEG2000",
     "": "PNG",
 }
-"""How to write a picture whose name has an ending; "" is a name without one."""
+"""How to save a picture under each file name ending; "" is a name without one."""
 NUM_PICTURES = 33
 NO_PICTURES = {
     "notes.txt": b"the pagoda was on the second day",
@@ -48,7 +48,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
 def pictures() -> tuple[dict[str, bytes], dict[str, str]]:
-    """Return 33 pictures of every kind by the names of their files, and the captions of 32 of them."""
+    """Return 33 pictures of every kind by file name, and the captions of 32 of them."""
     pillow_heif.register_heif_opener()
     scenes = SceneSampler("train", 3).sample(NUM_PICTURES - 1)
     files, truth = {"new/scan.jxl": JPEG_XL}, {}

@@ -1,4 +1,4 @@
-"""The captioning job on a real local Ray, with a fake engine: every row once, whatever happens."""
+"""The captioning job on a real local Ray with a fake engine: every row once, whatever happens."""
 
 import io
 import os
@@ -38,7 +38,7 @@ from tests.integration.inputs import (
 )
 
 RECORDS = (ATTEMPTS, LOGS, SUMMARIES)
-"""What finished runs keep besides the run itself."""
+"""Files that finished runs keep besides the run itself."""
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -151,7 +151,7 @@ def test_a_tar_that_ends_early_is_partial_and_an_empty_one_has_an_empty_file(tmp
 
 
 def test_retry_runs_the_rows_that_are_not_ok_and_merges_them_in_place(tmp_path, monkeypatch):
-    """It does not stop when most fail again: it runs only bad rows, which say nothing about the input."""
+    """Most rows fail again, but a retry runs only bad rows, which say nothing about the input; it goes on."""
     truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=20)
     images = truth["part0/00000.tar"]
     images |= {"image-000005": BROKEN, "image-000009": BROKEN}
@@ -202,12 +202,12 @@ def test_a_changed_tar_is_refused_before_work_and_made_again_whole_on_request(tm
 
 
 def test_retry_takes_new_limits_of_time_and_memory_and_keeps_the_others(tmp_path):
-    """A row that failed for lack of memory would fail forever. These limits do not change what rows say."""
+    """Limits may change, or a row that failed for lack of memory would fail forever; results stay the same."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=1)
     before = ImageLimits(max_pixels=10_000, cpu_s=1.0, wall_s=2.0, memory_bytes=64 << 20)
     job = prepare(settings(tmp_path, limits=before), FakeEngineConfig())
     job.ledger.begin(job.run)
-    job.ledger.folder.put("part0/00000.tar.parquet", b"")  # The run is finished.
+    job.ledger.folder.put("part0/00000.tar.parquet", b"")  # so that the run counts as finished
 
     def limits(**given) -> ImageLimits:
         retrying = RetrySettings(output=str(tmp_path / "out"), **given)
@@ -244,7 +244,7 @@ def test_an_engine_that_cannot_be_built_ends_the_job_with_its_own_message(tmp_pa
 
 @pytest.mark.slow
 def test_a_shard_that_cannot_be_committed_ends_the_job_with_its_own_message(tmp_path, capsys, monkeypatch):
-    """The job ended in a traceback, in which a second error hid the first; and no caption may be lost."""
+    """The job used to end in a traceback in which a second error hid the first. No caption may be lost."""
 
     class Failing(Committer):
         def commit(self, report):

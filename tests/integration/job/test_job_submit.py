@@ -1,4 +1,4 @@
-"""The job on a cluster: `ray job submit` to a cluster of its own, from a copy of the tree."""
+"""`ray job submit` of the job to a real cluster, from a copy of the tree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from blip2_actor.demo.scenes import SceneSampler, draw
 from tests.integration.job.job_cluster import BIN, ROOT, job_cluster, job_environment
 
-# A whole cluster starts and ends, and a job with its own interpreter; this takes minutes on a busy machine.
+# A cluster starts and ends, and a job with its own interpreter; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)
 
 
@@ -44,7 +44,7 @@ def test_the_tree_is_submitted_and_captions_its_input(
     submit += ["--input", str(tmp_path / "images"), "--output", str(tmp_path / "captions")]
     done = subprocess.run(submit, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    # The command exits with 0 or 1, whatever the exit status of the job.
+    # The command exits with 0 or 1, regardless of the job's exit status.
     job = JobSubmissionClient(dashboard).get_job_info("captions")
     assert (job.status, job.driver_exit_code) == (JobStatus.SUCCEEDED, 0)
     [output] = (tmp_path / "captions").glob("*.parquet")

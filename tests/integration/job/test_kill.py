@@ -1,4 +1,4 @@
-"""A driver dies: the same command resumes, and rows that had reached a fragment are not captioned again."""
+"""A driver is killed: the same command resumes, and rows already in a fragment are not captioned again."""
 
 import json
 import os
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @pytest.fixture
 def start() -> Iterator[Callable[[dict, dict], subprocess.Popen]]:
-    """Start the caption command on the Ray of the tests; a command that still runs at the end is killed."""
+    """Start the caption command on the tests' Ray; kill it at the end if it still runs."""
     started: list[subprocess.Popen] = []
 
     def run(settings: dict, engine: dict) -> subprocess.Popen:
@@ -60,7 +60,7 @@ def wait_until(condition: Callable[[], object], driver: subprocess.Popen[str]) -
 
 
 def check_attempts(folder: Folder, number: signal.Signals) -> None:
-    """Both attempts are recorded, each with its own rows; a copy of the output tells the same."""
+    """Both attempts are recorded, each with its own rows; a copy of the output reports the same."""
     killed, last = attempts = read_attempts(folder)
     assert killed.exit_status == (None if number == signal.SIGKILL else 143)
     assert (last.exit_status, last.reason) == (0, "all shards are finished")

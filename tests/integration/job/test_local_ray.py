@@ -33,7 +33,7 @@ print("left:", len(psutil.Process().children()))
 
 @pytest.mark.slow
 def test_a_local_ray_has_only_the_processes_that_a_job_needs() -> None:
-    """Starting and ending the others was several seconds of each run. Other machines reach none of them."""
+    """The others took seconds of each run to start and end. No other machine can reach these."""
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         done = subprocess.run(

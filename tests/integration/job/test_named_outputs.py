@@ -1,4 +1,4 @@
-"""Named outputs through the job on a real Ray: fragments, commits, resume and retry keep their columns."""
+"""Named outputs through the job on a real Ray: their columns survive fragments, commits, resume and retry."""
 
 import io
 
@@ -39,7 +39,7 @@ def pixels_of(image: bytes) -> np.ndarray:
 
 
 def features_of(pixels: np.ndarray) -> dict[str, list]:
-    """Return the right vectors of an image by kind."""
+    """Return the expected vectors of an image by kind."""
     features = fake_features(pixels)
     assert features.pooler_output is not None and features.qformer_features is not None
     return {
@@ -51,7 +51,7 @@ def features_of(pixels: np.ndarray) -> dict[str, list]:
 
 @pytest.fixture
 def table(tmp_path) -> list[dict]:
-    """A table of images with texts, one text missing and one image broken; and an empty table."""
+    """Write a table of images with texts, one text missing and one image broken; and an empty table."""
     rows: list[dict] = [{"image": png(n), "alt": f"text {n}", "ask": f"what is {n}?"} for n in range(8)]
     rows[2]["alt"] = None
     rows[5]["image"] = BROKEN

@@ -1,4 +1,4 @@
-"""An image that kills its process costs its own row, not the job and not the rows next to it."""
+"""An image that kills its process costs its own row only, not the job or the rows next to it."""
 
 import io
 

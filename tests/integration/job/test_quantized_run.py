@@ -1,4 +1,4 @@
-"""A quantized run records what it has quantized, and a resume quantizes the same."""
+"""A quantized run records which layers it quantized, and a resume quantizes the same ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_run_says_what_its_first_worker_has_chosen_and_what_all_have_quantized
     assert caption(settings) == 0
     ledger = Ledger(Folder(settings.output))
     chosen = ledger.require_run().quantization
-    assert chosen is not None and chosen.parts == ()  # the demonstration checkpoint is too small to gain
+    assert chosen is not None and chosen.parts == ()  # so small a checkpoint gains nothing
     assert json.loads((tmp_path / "out/_blip2/run.json").read_text())["quantization"] == {
         "method": "int8",
         "parts": [],
@@ -37,7 +37,7 @@ def test_a_run_says_what_its_first_worker_has_chosen_and_what_all_have_quantized
         "time_fractions": [],
     }
 
-    # A choice that no measurement would make here: the second start must take the recorded one.
+    # No measurement would make this choice here, so the second start must have read it from the record.
     recorded = QuantizationChoice(method="int8", parts=("qformer",), weight_bits=7, instructions="AVX2")
     run = dataclasses.replace(ledger.require_run(), quantization=recorded)
     ledger.begin(run)

@@ -18,7 +18,7 @@ from tests.ports import free_port
 
 @pytest.fixture(scope="package")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file; while it exists, the fake engine finishes no request."""
+    """The path of a file; while it exists, the fake engine finishes no request."""
     return tmp_path_factory.mktemp("gate") / "closed"
 
 

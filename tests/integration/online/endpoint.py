@@ -1,4 +1,4 @@
-"""What the tests of the running endpoint share: its applications, pictures, and their right captions."""
+"""Applications, pictures and their expected captions, for the tests of the running endpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deploy.app import compose
 from deploy.settings import Settings
 
 NUM_CALLERS = 16
-"""Requests that the fake application serves at once."""
+"""Number of requests that the fake application serves at once."""
 SIDE_PX = FakeEngineConfig().image_size_px
 
 
@@ -35,7 +35,7 @@ def caption_of(image: bytes, prompt: str | None = None) -> str:
 
 
 FAULTY = png(1_000)
-"""The picture for which the device of the fake engine fails."""
+"""The picture on which the device of the fake engine fails."""
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -46,7 +46,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def target(route: str, engine: EngineBuilder, **settings: Any) -> serve.RunTarget:
-    """One application; its actors reserve neither of the two CPUs, which the batch job needs."""
+    """Return one application; its actors reserve neither of the two CPUs, which the batch job needs."""
     free = {"ray_actor_options": {"num_cpus": 0}}
     application = compose(engine, Settings(**settings), captioner=free, gateway=free)
     return serve.RunTarget(application, name=route, route_prefix=route)

@@ -1,4 +1,4 @@
-"""`blip2 serve` as a process of its own, started from a folder that the test fills."""
+"""`blip2 serve` as a separate process, started in a folder that the test fills."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def poison(folder: Path) -> None:
 def serving(
     folder: Path, *flags: str, start: Sequence[str] = ("-m", "pipeline", "serve")
 ) -> Iterator[subprocess.Popen[str]]:
-    """Run `blip2 serve` from a folder as the console script does, with a Ray of its own."""
+    """Run `blip2 serve` in a folder, as the console script does, with its own Ray."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
         yield subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The blocks of docs/api.md, run as they stand there against the running endpoint."""
+"""The code blocks of docs/api.md, run unchanged against the running endpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEEDS_ANOTHER_MODEL = "unsupported"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the pictures that the page names."""
+    """A working folder with the pictures that the page mentions."""
     for seed, name in enumerate(("photo.jpg", "one.jpg", "two.jpg")):
         (tmp_path / name).write_bytes(png(seed))
     monkeypatch.chdir(tmp_path)
@@ -31,11 +31,11 @@ def code_of(block: Block, url: str) -> str:
 
 
 def test_the_commands_get_answers(url: str, folder: Path) -> None:
-    """This endpoint has no retrieval model; what needs one is refused, as the page says."""
+    """This endpoint has no retrieval model, so it refuses requests that need one, as the page says."""
     answers = []
     for block in blocks("sh", where="endpoint"):
         script = code_of(block, url)
-        # Answers of one document do not end their line.
+        # JSON answers have no newline at their end.
         said = subprocess.run(["bash", "-ec", script], check=True, capture_output=True, text=True).stdout
         decoder = json.JSONDecoder()
         while said := said.lstrip():

@@ -1,4 +1,4 @@
-"""`blip2 caption --endpoint`: a job whose captions a running endpoint makes has the rows of any other job."""
+"""`blip2 caption --endpoint`: a job that captions with a running endpoint has the rows of any other job."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.integration.online.endpoint import engine_stats
 
 NUM_ROWS = 40
 MADE = ("pooled", "queries", "likelihood", "fit")
-"""Columns of vectors and scores."""
+"""The columns of vectors and scores."""
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> str:
-    """A table of images with prompts, one image broken and one prompt too long for any model."""
+    """A table of images with prompts, with a broken image and a prompt that is too long for any model."""
     rows = [{"image": png(n), "ask": f"what is {n}?"} for n in range(NUM_ROWS)]
     rows[5]["image"] = BROKEN
     rows[7]["ask"] = "word " * 3000
@@ -44,7 +44,7 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Everything is equal but the rounding of numbers: each step has other texts next to it."""
+    """Assert equal rows except for the rounding of numbers, because each step batches other texts."""
 
     def split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]:
         """Return the rows with True in place of each number, and the numbers."""
@@ -95,14 +95,14 @@ def test_the_rows_are_those_of_the_same_job_without_an_endpoint(
     assert fingerprint_of(there) == fingerprint_of(here)
     stats = engine_stats(route or "/")
     assert stats.num_requests - before.num_requests >= 2 * (NUM_ROWS - 1)
-    # Each may continue what the other has begun, and a retry may go either way.
+    # Either way can continue the other's run, and a retry can use either.
     assert caption(CaptionSettings(**job, output=str(there)), engine) == 0
     assert main(["retry", str(here), "--endpoint", url + route]) == 0
     assert_same_rows(rows_of(here), rows_of(there))
 
 
 def test_batch_work_and_a_caller_share_the_engine(url: str, table: str, tmp_path: Path) -> None:
-    """Both use the same application; the answer to the caller is the caption that the job writes."""
+    """The caller and the job share one application; the caller gets the caption that the job writes."""
     serving = EndpointSettings(endpoint=url)
     assert caption(CaptionSettings(input=(table,), output=str(tmp_path / "out"), serving=serving)) == 2
     answer = httpx.post(f"{url}/v1/caption", files={"image": png(3)}, timeout=30).json()

@@ -1,4 +1,4 @@
-"""Clients that people have already, unchanged, against the running endpoint."""
+"""Existing clients, unchanged, against the running endpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPT = "été ☃"
 
 @pytest.fixture(scope="module")
 def expected(real_engine: EngineConfig) -> dict[bytes, Result]:
-    """What the engine itself makes of some pictures."""
+    """The engine's own results for some pictures."""
     images = [png(seed) for seed in range(8)]
     with real_engine.build() as engine:
         results = engine.generate([Request(image=image, prompt=PROMPT) for image in images])
@@ -107,7 +107,7 @@ def test_the_client_of_hugging_face(url: str, tmp_path: Path) -> None:
 
 
 def test_curl_sends_the_image_itself(url: str, tmp_path: Path) -> None:
-    """Without a header, curl says that the body is a form."""
+    """Unless a header is given, curl declares the body as a form."""
     (tmp_path / "picture.png").write_bytes(png(4))
     address = f"{url}/v1/caption?prompt=a+photo+of"
     command = ["curl", "-sS", "--data-binary", f"@{tmp_path}/picture.png", address]
@@ -125,7 +125,7 @@ def test_clients_that_leave_a_stream_free_their_slots(url: str, closed_gate: Pat
     before = engine_stats()
 
     def leave(number: int) -> bool:
-        """Ask for a stream and leave; return False if it was refused. Equal requests would share a slot."""
+        """Ask for a stream and disconnect; return False if refused. Equal requests would share a slot."""
         image, timeout = png(6_000 + number), httpx.Timeout(10, read=0.3)
         try:
             httpx.post(f"{url}/v1/caption", files={"image": image}, data={"stream": "true"}, timeout=timeout)
@@ -133,13 +133,13 @@ def test_clients_that_leave_a_stream_free_their_slots(url: str, closed_gate: Pat
             return True
         return False
 
-    # On a busy machine the others may all leave before the engine has their requests.
+    # On a busy machine the other clients may all disconnect before the engine has their requests.
     with closing(HTTPConnection(urlsplit(url).netloc)) as patient:
         form = httpx.Request("POST", url, files={"image": png(5_998)}, data={"stream": "true"})
         patient.request("POST", "/v1/caption", form.read(), dict(form.headers))
         wait_for(lambda: engine_stats().num_requests > before.num_requests)
     with ThreadPoolExecutor(NUM_CALLERS) as callers:
-        for _ in range(2):  # All of them fit only when all before have given their places back.
+        for _ in range(2):  # the second round fits only once the first has released its places
             wait_for(lambda: all(callers.map(leave, range(NUM_CALLERS))))
     closed_gate.unlink()
     wait_for(lambda: post(url, png(5_999)).status_code == 200)

@@ -1,4 +1,4 @@
-"""The endpoint as its callers see it: a real Serve instance, HTTP, decoding children and an engine."""
+"""The endpoint as callers see it: a real Serve instance, HTTP, decoding processes and an engine."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_concurrent_requests_share_passes_and_keep_their_own_answers(url: str, c
     before = engine_stats()
     with ThreadPoolExecutor(NUM_CALLERS) as callers:
         answers = [callers.submit(post, url, image, prompt=f"p{n}") for n, image in enumerate(images)]
-        # All of them reach the engine while it is busy with the first: Serve's limits hold none back.
+        # All of them reach the engine while it is busy with the first: no limit of Serve holds one back.
         wait_for(lambda: engine_stats().num_requests - before.num_requests == NUM_CALLERS)
-        # One more than the gateway admits is refused at once, by the gateway and not by Serve.
+        # The gateway, not Serve, refuses at once one more request than it admits.
         refused = post(url, images[0])
         closed_gate.unlink()
         bodies = [answer.result().json() for answer in answers]
@@ -81,20 +81,20 @@ def test_a_picture_of_too_many_pixels_is_413(url: str) -> None:
 
 def test_a_caller_that_disconnects_frees_its_slot(url: str, closed_gate: Path) -> None:
     before = engine_stats()
-    for number in range(NUM_CALLERS + 4):  # each with an image of its own: equal requests share one slot
+    for number in range(NUM_CALLERS + 4):  # different images, because equal requests share one slot
         image = png(5_000 + number)
-        # If the callers before had kept their slots, the last four would be refused and not left waiting.
+        # If the earlier callers still held their slots, the last four would be refused instead of waiting.
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/caption", files={"image": image}, timeout=httpx.Timeout(10, read=0.15))
     closed_gate.unlink()
     assert post(url, png(4_999)).status_code == 200
-    # The engine was busy with the first request; the others were cancelled before it started them.
+    # The engine was busy with the first request; the others were cancelled before it started on them.
     assert engine_stats().num_requests - before.num_requests > 2
     assert engine_stats().num_finished - before.num_finished < 5
 
 
 def test_a_caller_that_disconnects_takes_nobody_with_it(url: str, closed_gate: Path) -> None:
-    """Ray cancelled the call that an equal request had begun, and all who waited for it got 503."""
+    """Ray used to cancel the call of the first of several equal requests, and all of them got 503."""
     gateway = serve.get_deployment_handle("Gateway", "/")
 
     def num_in_flight() -> int:
@@ -139,7 +139,7 @@ def test_an_engine_that_fails_is_replaced(url: str) -> None:
     refused = post(url, FAULTY)
     assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded")
     wait_for(lambda: post(url, png(2)).status_code == 200, seconds=120)
-    assert engine_stats().num_finished < 5  # another engine, with its own counters
+    assert engine_stats().num_finished < 5  # the other engine, with its own counters
 
 
 def test_the_page_the_model_and_readiness(url: str) -> None:
@@ -150,7 +150,7 @@ def test_the_page_the_model_and_readiness(url: str) -> None:
 
 
 def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_path: Path) -> None:
-    """From a folder whose files have the names of our packages: Ray would have its workers import those."""
+    """In a folder whose files have our packages' names, Ray would have its workers import these files."""
     poison(tmp_path)
     port = free_port()
     operator = "the key of the operator"
@@ -176,7 +176,7 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
         assert command.returncode == 0
         _, alive = psutil.wait_procs(started, timeout=30)
         assert not alive
-    # A token file would change how every later Ray of this user starts.
+    # A token file would affect every later Ray of this user.
     assert not (tmp_path / ".ray" / "auth_token").exists()
 
 
@@ -192,7 +192,7 @@ def operate(url: str, key: dict[str, str]) -> None:
 
 
 def check_logs_and_metrics(said: str, answer: httpx.Response) -> None:
-    """Find the request in the log and in the metrics, where the command says they are."""
+    """Find a request in the log and in the metrics, at the places that the command prints."""
     found = re.fullmatch(r"  logs in (\S+), metrics on (http://127\.0\.0\.1:\d+/metrics)\n", said)
     assert found is not None, said
     [log] = Path(found[1]).glob("replica_*Gateway*.log")
@@ -213,7 +213,7 @@ def check_logs_and_metrics(said: str, answer: httpx.Response) -> None:
     ]
 
     def all_are_there() -> bool:
-        """Each process exports its own metrics, at its own time."""
+        """Each process exports its metrics at a different time."""
         text = httpx.get(found[2]).text
         return re.search(counted, text) is not None and all(name in text for name in names)
 

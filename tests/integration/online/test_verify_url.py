@@ -1,4 +1,4 @@
-"""`blip2 verify --url`: the endpoint must give the captions of an output again; another one is told."""
+"""`blip2 verify --url`: the endpoint must repeat the captions of an output; a difference is reported."""
 
 from __future__ import annotations
 

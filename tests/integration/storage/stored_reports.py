@@ -1,4 +1,4 @@
-"""An `on_end` for tests. It has its own module because Ray workers import it."""
+"""An `on_end` for tests, in its own module because Ray workers import it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job that is stopped while its store is dead: it waits for nobody, and nothing is left running."""
+"""A job that is stopped while its store is dead ends without waiting for it, and leaves no process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def server() -> Iterator[tuple[subprocess.Popen, FaultyStore]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["gone", "no_answer"])
 def test_a_job_ends_within_ten_seconds_when_its_store_is_dead(server, tmp_path: Path, number) -> None:
-    """Each step of the end waited for the store, which the job could not know yet."""
+    """Each step of the shutdown used to wait for the store, before the job could know that it was dead."""
     process, store = server
     write_tars(tmp_path / "in", num_tars=2, rows_per_tar=80)
     output, gate, log = store.uri("bucket/out"), tmp_path / "gate", tmp_path / "log"
@@ -62,7 +62,7 @@ def test_a_job_ends_within_ten_seconds_when_its_store_is_dead(server, tmp_path: 
             started = psutil.Process(driver.pid).children(recursive=True)
             assert started
             process.send_signal(number)
-            gate.unlink()  # Now rows are finished that cannot be written.
+            gate.unlink()  # rows finish that cannot be written
             driver.terminate()
             assert driver.wait(ENDS_WITHIN_S) == 143, log.read_text()
             _, running = psutil.wait_procs(started, timeout=10)

@@ -1,4 +1,4 @@
-"""A checkpoint in a bucket is fetched once per machine, whole or not at all."""
+"""A checkpoint in a bucket is fetched once per machine, completely or not at all."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the name of every file that is fetched from the store."""
+    """Record the name of every file fetched from the store."""
     import s3fs
 
     names: list[str] = []
@@ -113,7 +113,7 @@ def test_changed_content_under_the_same_name_has_another_digest(bucket: str) -> 
 def test_a_hub_model_is_described_without_its_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Uses the hub's client without its downloads. The digest is the commit, with and without weights."""
+    """Uses the hub's client without downloads. The digest is the commit, with or without weights."""
     commit = "0123456789abcdef0123456789abcdef01234567"
 
     def snapshot_download(
@@ -145,7 +145,7 @@ def test_a_folder_without_a_checkpoint_is_refused(bucket: str) -> None:
 def test_a_checkpoint_of_lavis_in_a_bucket_is_one_file(
     bucket: str, fetched: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its folder holds those of other epochs too, each as large as the model."""
+    """Its folder also holds the adapters of other epochs, each as large as the model."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     client = boto3.client("s3")
     for epoch in range(2):

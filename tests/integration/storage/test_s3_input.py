@@ -1,4 +1,4 @@
-"""Inputs in a bucket, by the S3 protocol on loopback: they are listed and read as on a disk."""
+"""Inputs in an S3 bucket on loopback are listed and read as on a disk."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_missing_input_is_refused_and_a_shard_that_vanishes_is_partial(query):
 
 
 def test_an_object_that_was_put_again_is_another_input(query):
-    """The listing of a store and the answer about one object must agree as long as the object is the same."""
+    """A store's listing and its answer about one object must agree while the object is unchanged."""
     filesystem, path = open_filesystem(uri("bucket/changing", query))
 
     def put(name: str, content: bytes) -> None:

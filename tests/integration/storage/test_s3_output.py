@@ -1,4 +1,4 @@
-"""Output in a bucket, by the S3 protocol on loopback: the ledger works as on a disk."""
+"""Output in an S3 bucket on loopback: the ledger works as on a disk."""
 
 import gzip
 import io
@@ -35,12 +35,12 @@ from tests.unit.ledger.test_fragments import rows
 from tests.unit.ledger.test_lease import race_for
 
 REQUESTS: Counter[str] = Counter()
-"""The requests that the server has answered, by method."""
+"""Counts of the requests that the server has answered, by method."""
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """Yield a URI with a place for the path; it holds a password, as those of users do."""
+    """Yield a URI template for a path; it contains a password, as URIs of users do."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     _, port = server.get_host_and_port()
@@ -59,7 +59,7 @@ def bucket() -> Iterator[str]:
 
 
 def raw_keys(bucket: str, prefix: str) -> list[str]:
-    """Return every object, also those that Arrow shows as folders."""
+    """Return every object, including those that Arrow shows as folders."""
     endpoint = parse_qs(bucket.partition("?")[2])["endpoint_override"][0]
     store = boto3.client(
         "s3",
@@ -102,7 +102,7 @@ def test_of_drivers_that_start_together_one_gets_the_lease(bucket, monkeypatch):
 @pytest.mark.parametrize("num_fragments", [1, 12])
 @pytest.mark.parametrize("status", ["ok", "fetch_failed"])
 def test_a_shard_costs_five_requests_and_two_for_each_fragment(bucket, num_fragments, status):
-    """Arrow asks for the size of each fragment, and deletes a folder by five requests, a file by three."""
+    """Arrow would ask for each fragment's size, and delete a folder by five requests and a file by three."""
     output = f"cost-{status}-{num_fragments}"
     REQUESTS.clear()
     finish_shard(bucket.format(output), num_fragments, status)
@@ -113,7 +113,7 @@ def test_a_shard_costs_five_requests_and_two_for_each_fragment(bucket, num_fragm
 
 @pytest.mark.parametrize("failing", ["cat_file", "call_s3"])
 def test_arrow_makes_the_requests_that_another_client_cannot_make(bucket, failing, monkeypatch):
-    """A request that fails is no reason for a commit to fail, and is not tried with every fragment."""
+    """A failed request must not fail a commit, nor be repeated for every fragment."""
     asked: list[object] = []
 
     def fail(store, *args, **options):
@@ -144,7 +144,7 @@ def finish_shard(uri: str, num_fragments: int, status: str = "ok", shard: str = 
 
 
 def test_markers_of_emptied_folders_are_deleted_only_when_all_shards_are_finished(bucket, monkeypatch):
-    """They stayed, and each listing of the output returned all of them. Arrow leaves them."""
+    """They used to stay, because Arrow leaves them, and each listing of the output returned all of them."""
 
     def not_installed(*args, **options):
         raise ImportError("s3fs")

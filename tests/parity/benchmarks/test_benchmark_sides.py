@@ -29,7 +29,7 @@ WORK: Work = [(0, None, 4), (1, "what is it?", 4), (0, "a", 4), (1, None, 6)]
 def test_the_reference_reads_the_prompts_that_the_engine_reads(
     language: str, ids: dict[str, int], checkpoint_folder: Callable[..., Path]
 ) -> None:
-    """In the published T5 models the default prompt is token 1 alone, which is padding in those of OPT."""
+    """The default prompt of the published T5 models is token 1 alone, which is padding in the OPT models."""
     folder = checkpoint_folder(language, **ids)
     config = cpu_config(folder)
     ours = EngineSide(config, WORK, 1)
@@ -39,7 +39,7 @@ def test_the_reference_reads_the_prompts_that_the_engine_reads(
 
 
 def test_a_batch_around_generate_gives_the_captions_of_the_engine() -> None:
-    """If a side stopped late or saw other pixels, the comparison would be of different work."""
+    """If one side stopped late or saw other pixels, the benchmark would compare different work."""
     scenes = draw(SceneSampler("held_out", 0).sample(8), 320)
     theirs = Captioner(str(DEMO_FOLDER), "float32", None, 30, 0)
     with Engine(EngineConfig(model="demo", dtype="float32", device="cpu")) as engine:
@@ -50,7 +50,7 @@ def test_a_batch_around_generate_gives_the_captions_of_the_engine() -> None:
 
 
 def test_answers_after_the_first_caller_left_do_not_count_as_throughput() -> None:
-    """At the end the load is lower than asked for. An error counts neither as throughput nor as a latency."""
+    """Towards the end the load falls below the target. Errors count neither as throughput nor as latency."""
     answers = [Answer(0, 1, None), Answer(0, 3, "503"), Answer(1, 2, None), Answer(1, 4, None)]
     found = summary(answers, until=2)
     assert (found["per_s"], found["p50_ms"], found["errors"]) == (1.0, 1000.0, {"503": 1})

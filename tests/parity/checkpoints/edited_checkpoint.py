@@ -1,4 +1,4 @@
-"""Tiny checkpoints whose JSON files are edited, and what the engine and transformers generate with them."""
+"""Tiny checkpoints with edited JSON files, and what the engine and transformers generate with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 
 
 def copy_with(folder: Path, target: Path, files: dict[str, Any]) -> Path:
-    """Make a checkpoint of links to the files of another one, and of some JSON files; None leaves one out."""
+    """Make a checkpoint of links to another one's files and of JSON files; None leaves a file out."""
     target.mkdir(exist_ok=True)
     for path in folder.iterdir():
         if path.name not in files:

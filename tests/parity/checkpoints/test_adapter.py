@@ -1,4 +1,4 @@
-"""LoRA adapters that PEFT has written, merged while loading, against transformers with PEFT."""
+"""LoRA adapters written by PEFT and merged while loading, against transformers with PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
-"""PEFT calls what transformers has renamed, and warns about fields that it leaves out."""
+"""PEFT calls functions that transformers has renamed, and warns about fields that it leaves out."""
 
 NUM_TOKENS = 8
 IMAGES = [image.numpy() for image in random_images(3)]
@@ -30,7 +30,7 @@ IMAGES = [image.numpy() for image in random_images(3)]
 
 @torch.no_grad()
 def save_adapter(base: Path, folder: Path, *, safe: bool = True, **options: Any) -> peft.PeftModel:
-    """Write an adapter of random numbers as PEFT writes it after a training; return the model with it."""
+    """Write an adapter of random numbers as PEFT does after training; return the model with it."""
     model = Blip2ForConditionalGeneration.from_pretrained(base)
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options})
     adapted = peft.get_peft_model(model, config)
@@ -66,14 +66,14 @@ PLACES: dict[str, dict[str, Any]] = {
     "opt, embeddings": {"target_modules": ["embed_tokens"]},
     "opt, embeddings saved": {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]},
 }
-"""Adapters for which the tokens are compared: first the language model, then what is adapted."""
+"""Adapters whose tokens are compared: the language model, then the adapted layers."""
 
 
 @pytest.mark.parametrize("case", PLACES)
 def test_tokens_equal_those_of_transformers_with_peft(
     case: str, checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """In OPT the head and the embeddings are one tensor, of which an adapter changes only one use."""
+    """In OPT the head and the embeddings are one tensor, and an adapter changes only one of its uses."""
     language = case.partition(",")[0]
     base = checkpoint_folder(language)
     adapted = save_adapter(base, tmp_path, **PLACES[case])
@@ -85,7 +85,7 @@ def test_tokens_equal_those_of_transformers_with_peft(
 def test_a_merged_adapter_is_saved_for_transformers(
     checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The head and the embeddings are no longer one tensor, which the configuration must say."""
+    """The head and the embeddings are no longer one tensor, and the configuration must say so."""
     base = checkpoint_folder("opt")
     adapted = save_adapter(base, tmp_path / "adapter", **PLACES["opt, lm_head"])
     names: dict[str, Any] = {"adapter": tmp_path / "adapter"}
@@ -115,7 +115,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def test_merged_tensors_equal_those_of_peft(
     case: str, language: str, checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Every tensor, also those that no test image makes a difference for."""
+    """Compare every tensor, including those that make no difference for the test images."""
     base = checkpoint_folder(language)
     adapted = save_adapter(base, tmp_path, **{"target_modules": EVERYWHERE, **CONFIGS[case]})
     stored = list_weights(base)

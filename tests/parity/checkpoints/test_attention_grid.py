@@ -1,4 +1,4 @@
-"""Where the Q-Former looked is true: on drawn scenes, whose objects' places are known, it points at them."""
+"""Attention maps of the Q-Former point at the objects of drawn scenes, whose places are known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The committed checkpoint: transformers alone loads it, and it captions scenes that were not in training."""
+"""The committed checkpoint: transformers alone loads it, and it captions scenes outside the training set."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def store_and_load(image: np.ndarray, rng: np.random.Generator) -> Image.Image:
 def test_held_out_scenes_are_captioned_word_for_word(model, processor, capsys) -> None:
     held_out = score(model, processor, "held_out", 300)
     unseen = score(model, processor, "unseen", 200)
-    with capsys.disabled():  # show also the figure for pairs of objects that were not in training
+    with capsys.disabled():  # also show the figure for pairs of objects that were not in training
         print(f"\ndemo checkpoint: {held_out.exact:.1%} exact, with unseen pairs {unseen.exact:.1%}")
     print(held_out, unseen)
     assert held_out.exact >= 0.95
@@ -72,7 +72,7 @@ def test_files_are_ordinary_and_small() -> None:
 
 
 def test_a_prompt_is_continued(model, processor) -> None:
-    """Text after a prompt depends on the image too."""
+    """The text after a prompt depends on the image too."""
     scenes = SceneSampler("held_out", SEED).sample(40)
     images = [Image.fromarray(image) for image in draw(scenes, 64)]
     inputs = processor(images=images, text=["a"] * 40, return_tensors="pt", padding=True)

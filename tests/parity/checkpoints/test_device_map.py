@@ -39,7 +39,7 @@ def test_layers_on_disk_give_the_same_tokens(
     layers = LAYERS[language]
     device_map = {"vision.layers.1": "disk", "qformer": "disk", layers: "disk", f"{layers}.1": "cpu"}
     device_map[f"{layers}.1.out_proj"] = "disk"
-    device_map["language_projection"] = "cpu:0"  # for the split, another device than "cpu"
+    device_map["language_projection"] = "cpu:0"  # the split needs another name than "cpu"
     folder = checkpoint_folder(language)
     whole_ids, whole_scores = captions(folder, None)
     split_ids, split_scores = captions(folder, json.dumps(device_map))
@@ -55,7 +55,7 @@ def test_layers_on_disk_give_the_same_tokens(
 def test_automatic_plan_fills_the_device_and_puts_the_rest_on_disk(
     language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """accelerate's plan names our modules, and does not split a layer."""
+    """accelerate's plan uses our module names, and does not split a layer."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = checkpoint_folder(language)
     whole = captions(folder, None)[0]
@@ -78,7 +78,7 @@ def test_an_invalid_device_map_is_refused(options: dict, message: str) -> None:
 
 
 def test_a_device_map_with_names_of_another_model_is_refused(checkpoint_folder: Callable[..., Path]) -> None:
-    """transformers' names, for example, would otherwise have no effect."""
+    """Otherwise names such as those of transformers would have no effect."""
     for device_map, message in (
         (
             '{"language_model.model.decoder": "disk"}',

@@ -1,4 +1,4 @@
-"""A checkpoint's `generation_config.json` counts as in `generate(generation_config=…)` of transformers."""
+"""A checkpoint's `generation_config.json` works as in transformers' `generate(generation_config=…)`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _config(folder: Path, target: Path, content: dict[str, Any], **engine: Any) 
 
 
 def test_info_lists_what_the_file_changes(checkpoint_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """The top 50 are what transformers samples from if the file does not say."""
+    """transformers samples from the top 50 if the file does not set top_k."""
     content = {
         "max_new_tokens": 30,
         "do_sample": True,

@@ -1,4 +1,4 @@
-"""Every field of an image processor's file is honored or refused by name."""
+"""Every field of an image processor's file is applied, or refused by name."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ IMAGE = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).astype(np.uint8)
         {"size": 28},
         {"size": [28, 28]},
         {"do_center_crop": True, "crop_size": SQUARE},
-        {"do_center_crop": None, "crop_size": None, "do_pad": None, "device": None},  # as 4.57 writes it
+        {"do_center_crop": None, "crop_size": None, "do_pad": None, "device": None},  # as version 4.57 writes it
         {"image_processor_type": "BlipImageProcessorFast", "do_convert_rgb": False},
     ],
 )
 def test_pixels_equal_those_of_the_processor(tmp_path: Path, changed: dict[str, Any]) -> None:
-    """do_normalize, do_rescale and numbers for all channels were not looked at, and null counted as true."""
+    """do_normalize, do_rescale and numbers for all channels used to be ignored, and null counted as true."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(STORED | changed))
     theirs = BlipImageProcessorPil.from_pretrained(tmp_path)(IMAGE, return_tensors="pt").pixel_values
     ours = Checkpoint(tmp_path).image_processor
@@ -86,7 +86,7 @@ def test_a_field_that_is_not_supported_is_refused_by_name(name: str, value: obje
 
 
 def test_both_files_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
-    """Version 5 writes processor_config.json and leaves the older file behind."""
+    """Version 5 writes processor_config.json and keeps the older file."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(STORED | {"image_mean": [1, 1, 1]}))
     assert Checkpoint(tmp_path).image_processor.mean == (1, 1, 1)
     nested = {"processor_class": "Blip2Processor", "image_processor": STORED | {"image_mean": [2, 2, 2]}}

@@ -1,6 +1,6 @@
-"""Folders with random files: what transformers loads, the engine loads equally or refuses, never differently.
+"""Folders with random files: the engine loads what transformers loads, equally, or refuses it.
 
-Every file of weights in a folder has other weights, so a loss tells which of them were read.
+Every weight file in a folder has different weights, so the loss tells which files were read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 PIXELS = torch.randn(1, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=torch.Generator().manual_seed(5))
 INPUT_IDS = torch.tensor([[7, 8, 9]])
 NUM_FOLDERS = 10
-"""150 of them agreed when this test was written."""
+"""150 of the folders agreed when this test was written."""
 KINDS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -38,7 +38,7 @@ KINDS = (
 def write_weights(
     folder: Path, kind: str, tensors: dict[str, Tensor], chance: random.Random, has_prefix: bool
 ) -> None:
-    """Write one kind of files; one in three has a prefix or another dtype, or lacks a tensor or a shard."""
+    """Write one kind of weight file; a third have a prefix or another dtype, or lack a tensor or a shard."""
     change = chance.choice(("prefix", "drop", "half", "lost", *["whole"] * 8))
     prefix = chance.choice(("module.", "_orig_mod.", "model.", "blip."))
     if change == "prefix" and has_prefix:
@@ -79,7 +79,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], chance: random.Rando
 
 
 def write_folder(folder: Path, base: Path, seed: int, has_prefix: bool) -> Path:
-    """Write the folder of a seed: some kinds of weights, and an adapter in four of ten."""
+    """Write the folder for a seed: some kinds of weights and, in four of ten, an adapter."""
     chance = random.Random(seed)
     torch.manual_seed(seed)
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("model.safetensors"))
@@ -123,9 +123,9 @@ def our_loss(folder: Path) -> Tensor | None:
 def test_folders_give_the_losses_of_transformers(
     checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """transformers is given the folder without the prefix of a wrapper, which it does not know.
+    """transformers gets the folder without the prefix of a wrapper, which it does not know.
 
-    It is also given the adapter apart, because it does not report random tensors of a model with an adapter.
+    It gets the adapter separately, because it does not report random tensors of a model with an adapter.
     """
     base = checkpoint_folder("opt")
     losses = set()

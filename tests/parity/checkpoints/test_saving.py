@@ -1,4 +1,4 @@
-"""A model that was trained here is the same model for transformers and for the engine after it was saved."""
+"""A model that is trained and saved here is the same model for transformers and for the engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKEN_IDS = torch.randint(5, 260, (2, 6), generator=torch.Generator().manual_see
 def test_a_trained_model_is_the_same_for_transformers(
     language: str, checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The logits of a T5 that scales them and has a head of its own were not scaled any more."""
+    """A T5 that scales its logits and has its own head used to be saved as one that does not scale them."""
     folder = checkpoint_folder(language.partition(" ")[0])
     if language == "t5 that scales":
         config = json.loads((folder / "config.json").read_text())
@@ -45,7 +45,7 @@ def test_a_trained_model_is_the_same_for_transformers(
     save_model(model, tmp_path / "trained", like=folder)
     saved = json.loads((tmp_path / "trained" / "config.json").read_text())
     for part in (saved, saved["text_config"]):
-        # Other programs and older versions of transformers go by it, and would lose a head of its own.
+        # Other programs and older versions of transformers rely on it, and would lose a separate head.
         assert (part.get("tie_word_embeddings") is False) == (language != "opt")
     with torch.no_grad():
         loss, _ = model(pixel_values, TOKEN_IDS, TOKEN_IDS)
@@ -92,7 +92,7 @@ def test_a_trained_retrieval_model_is_the_same_for_transformers(tmp_path: Path) 
 def test_an_untrained_model_gives_the_same_captions_in_a_smaller_dtype(
     checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The configuration must say the dtype of the file, or transformers converts it back."""
+    """The configuration must state the dtype of the file, or transformers converts the weights back."""
     folder = checkpoint_folder("opt")
     save_model(load_for_training(folder, device="cpu", dtype="bfloat16"), tmp_path / "half", like=folder)
     theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "half", dtype="auto")

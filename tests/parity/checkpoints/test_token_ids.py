@@ -1,4 +1,4 @@
-"""Configurations that leave out special tokens generate what transformers generates."""
+"""If a configuration leaves out special tokens, the engine still generates what transformers generates."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_missing_tokens_are_those_that_transformers_takes(
 def test_a_caption_without_start_token_continues_an_empty_text(
     checkpoint_folder: Callable[..., Path], tmp_path: Path, language: str, null: bool
 ) -> None:
-    """transformers' `generate` fails without `bos_token_id`; its processor makes these tokens of ""."""
+    """transformers' `generate` fails without `bos_token_id`; its processor turns "" into these tokens."""
     folder = _without(checkpoint_folder(language), tmp_path, "bos_token_id", null=null)
     empty_ids = tiny_tokenizer(language)("").input_ids
     theirs = reference_ids(folder, IMAGES, empty_ids, max_new_tokens=8)
@@ -54,7 +54,7 @@ def test_a_caption_without_start_token_continues_an_empty_text(
 
 
 def test_a_model_may_have_no_end_token(checkpoint_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """Without `pad_token_id`, the first one of an empty list was taken: an IndexError."""
+    """Without `pad_token_id`, taking the first one of an empty list used to raise IndexError."""
     folder = _without(checkpoint_folder("opt"), tmp_path, "pad_token_id", null=True, eos_token_id=[])
     assert [len(ids) for ids in engine_ids(folder, IMAGES, options=OPTIONS)] == [8, 8]
 

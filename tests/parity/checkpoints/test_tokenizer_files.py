@@ -1,6 +1,6 @@
-"""Prompts are tokenized as transformers does for the published names, whichever version saved the checkpoint.
+"""Prompts are tokenized as transformers does for published names, whichever version saved the checkpoint.
 
-transformers reads `tokenizer.json` as it stands for these names. Given their folder, it builds a T5Tokenizer
+For these names transformers uses `tokenizer.json` unchanged. For a folder, it builds a T5Tokenizer
 instead, which drops spaces and newlines at the end of a prompt.
 """
 
@@ -79,7 +79,7 @@ SAVED_BY: dict[str, dict[str, dict[str, Any] | None]] = {
         "no tokenizer_config.json": None,
     },
 }
-"""Contents of `tokenizer_config.json`, by the version of transformers that saved them."""
+"""Contents of `tokenizer_config.json`, by the version of transformers that saved it."""
 
 
 def _t5_tokenizer() -> Tokenizer:
@@ -111,7 +111,7 @@ BUILD = {"t5": _t5_tokenizer, "opt": _opt_tokenizer}
 
 
 def _save_to_hub_cache(cache: Path, language: str, tokenizer_config: dict[str, Any] | None) -> Path:
-    """Write a checkpoint's description as the hub's cache holds it; return the folder of the snapshot."""
+    """Write a checkpoint's configuration as the hub's cache stores it; return the folder of the snapshot."""
     repository = cache / f"models--{HUB_NAMES[language].replace('/', '--')}"
     folder = repository / "snapshots" / ("a" * 40)
     folder.mkdir(parents=True)
@@ -128,7 +128,8 @@ def _save_to_hub_cache(cache: Path, language: str, tokenizer_config: dict[str, A
     ("language", "saved_by"), [(language, version) for language in SAVED_BY for version in SAVED_BY[language]]
 )
 def test_a_folder_equals_the_published_name(tmp_path, language, saved_by):
-    """The engine has only the folder: with its class T5Tokenizer, "answer:\\n" lost its newline."""
+    """The engine sees only the folder: with its class T5Tokenizer, "answer:\
+    " used to lose its newline."""
     folder = _save_to_hub_cache(tmp_path, language, SAVED_BY[language][saved_by])
     theirs = AutoTokenizer.from_pretrained(HUB_NAMES[language], cache_dir=tmp_path, local_files_only=True)
     ours = PromptTokenizer(folder, tiny_config(language, vocab_size=1000, eos_token_id=END_IDS[language]))
@@ -141,7 +142,7 @@ def test_a_folder_equals_the_published_name(tmp_path, language, saved_by):
 
 
 def test_a_folder_with_only_vocabulary_and_merges_equals_transformers(tmp_path):
-    """OPT's older files; without the names of the special tokens they would be those of GPT-2."""
+    """OPT's older files; without names for the special tokens, those of GPT-2 would be used."""
     _opt_tokenizer().model.save(str(tmp_path))
     with pytest.raises(ValueError, match=r"got no tokenizer_config\.json; copy"):
         load_tokenizer(tmp_path, "opt")

@@ -1,4 +1,4 @@
-"""What a CUDA graph does, but on a CPU: repeat the operations of one call on the same buffers."""
+"""Do on a CPU what a CUDA graph does: repeat the operations of one call on the same buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ READS_BACK = torch.ops.aten._local_scalar_dense.default
 
 
 class Tape(TorchDispatchMode):
-    """Captures steps. What the host decided during the capture, above all shapes, is fixed from then on."""
+    """Captures steps. Whatever the host decides during the capture, above all shapes, is fixed afterwards."""
 
     def __init__(self) -> None:
         super().__init__()

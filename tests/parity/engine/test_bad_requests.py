@@ -1,4 +1,4 @@
-"""A request that cannot be served fails alone: the others get their texts, and the engine goes on."""
+"""A request that cannot be served fails alone: the others get their texts, and the engine continues."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path
 
 
 def assert_same_text(found: Result, expected: Result) -> None:
-    """A step with other texts may use another product of matrices, which rounds the log-probabilities."""
+    """A step with other texts may use another matrix product, whose log-probabilities round differently."""
     assert (found.status, found.token_ids) == (expected.status, expected.token_ids)
     assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
@@ -59,7 +59,7 @@ def test_equal_options_are_resolved_once_and_bad_ones_each_time(engine: Engine) 
 def test_an_image_token_beyond_the_vocabulary_has_no_logit(
     checkpoint_folder: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """A tokenizer that was extended without the model: one request with a penalty ended the engine."""
+    """The tokenizer has more tokens than the model: one request with a penalty used to end the engine."""
     folder = shutil.copytree(checkpoint_folder("opt", image_token=False), tmp_path / "model")
     config = cpu_config(folder)
     with config.build() as without:
@@ -76,7 +76,7 @@ def test_an_image_token_beyond_the_vocabulary_has_no_logit(
     ids=["number", "bytes", "list", "half a character", "image token"],
 )
 def test_a_prompt_that_is_not_text_is_refused(engine: Engine, prompt: Any) -> None:
-    """A list of texts becomes a list of lists of ids, and the next step of the whole engine would fail."""
+    """A list of texts becomes a list of lists of ids, which would fail the next step of the whole engine."""
     result = next_to_a_good_one(engine, Request(image=GOOD, prompt=prompt))
     assert result.status is Status.REFUSED
     assert "text must" in str(result.error)
@@ -123,7 +123,7 @@ def test_an_image_that_cannot_be_read_has_a_status(engine: Engine, image: Any, s
 
 
 def test_an_image_that_another_engine_has_encoded_is_refused(engine: Engine) -> None:
-    """Its tensors belong to another model: they give a wrong caption, or a shape that fails every request."""
+    """They are tensors of another model: they give a wrong caption, or a shape that fails every request."""
     foreign = EncodedImage(GOOD, object(), prefix=torch.zeros(3, 7))
     result = next_to_a_good_one(engine, Request(image=foreign))
     assert result.status is Status.REFUSED
@@ -137,7 +137,7 @@ def test_an_image_that_another_engine_has_encoded_is_refused(engine: Engine) -> 
 
 
 def test_a_token_that_was_added_to_the_tokenizer_alone_is_refused(engine: Engine) -> None:
-    """The embeddings have no row for it, and on a GPU the whole batch would fail."""
+    """The embeddings have no row for it; on a GPU the whole batch would fail."""
     engine.prompts.tokenizer.add_tokens([f"<new{i}>" for i in range(8)])
     result = next_to_a_good_one(engine, Request(image=GOOD, prompt="a <new7>"))
     assert result.status is Status.REFUSED
@@ -148,7 +148,7 @@ def test_a_token_that_was_added_to_the_tokenizer_alone_is_refused(engine: Engine
 def test_a_text_that_would_leave_few_slots_is_refused(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """T5 has no maximum position: one prompt would take the slots of all other requests for good."""
+    """T5 has no maximum position: one prompt would permanently take the slots of all other requests."""
     monkeypatch.setattr("blip2_actor.engine.memory.free_bytes", lambda _: 8 << 20)
     config = cpu_config(checkpoint_folder("t5"), max_slots=64, encode_batch=4)
     with config.build() as engine:
@@ -176,7 +176,7 @@ def test_a_text_longer_than_memory_is_refused(engine: Engine) -> None:
 def test_a_text_that_does_not_fit_next_to_others_gets_fewer_slots_and_one_that_never_fits_fails(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU does not report that memory is exhausted; the process is killed."""
+    """On a CPU, exhausted memory raises no error; the process is killed."""
     config = cpu_config(checkpoint_folder("t5"), max_slots=8)
     with config.build() as engine:
         position = engine._core.runner.position_bytes

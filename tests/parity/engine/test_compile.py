@@ -75,7 +75,7 @@ def test_encoders_that_cannot_be_compiled_run_uncompiled(
 def test_a_batch_that_is_too_large_is_not_a_broken_compiler(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would not fit uncompiled either, so the caller makes the batch smaller."""
+    """The batch would not fit uncompiled either, so the caller makes it smaller."""
 
     def exhausted(*_: object) -> object:
         raise torch.OutOfMemoryError("no memory")

@@ -1,4 +1,4 @@
-"""Encoding ahead: in a second thread of a CPU, with half of the cores, or on a second stream of a GPU."""
+"""Encoding ahead: in a second thread with half of the cores on a CPU, or on a second stream of a GPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def engine(is_large: None, checkpoint_folder: Callable[..., Path]) -> Iterator[E
 
 
 Pass = tuple[str, int, int]
-"""Name of the thread, number of images, and number of cores that the thread uses."""
+"""For each pass: the name of its thread, the number of images, and the number of cores."""
 
 
 def watch_passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
@@ -76,8 +76,8 @@ def test_one_image_alone_has_all_cores(engine, monkeypatch) -> None:
 
 
 def test_one_image_alone_has_one_core_in_a_small_model(engine, monkeypatch) -> None:
-    """To wake the other cores takes longer than an operation, and these would be woken hundreds of times."""
-    monkeypatch.undo()  # what `is_large` has set
+    """Waking the other cores takes longer than an operation, and would happen hundreds of times."""
+    monkeypatch.undo()  # undoes `is_large`
     with Engine(engine.config) as small:
         small.generate(requests(12), GenerationOptions(max_new_tokens=3))
         passes = watch_passes(small, monkeypatch)
@@ -108,7 +108,7 @@ def hold_worker(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[thread
 
 
 def test_image_embeds_that_are_requested_during_a_pass_are_not_forgotten(engine, monkeypatch) -> None:
-    """The pass began without keeping the output of the vision encoder, so a second pass is needed."""
+    """A second pass is needed, because the first began without keeping the vision encoder's output."""
     begun, go_on = hold_worker(engine, monkeypatch)
     shared = [engine.image(image.numpy()) for image in random_images(2)]
     captions = engine._submit([(Request(image=image), GenerationOptions(), None) for image in shared])
@@ -164,7 +164,7 @@ def test_a_worker_that_fails_fails_every_request(engine, monkeypatch) -> None:
 
 
 def test_the_next_engine_has_all_cores_again(engine, checkpoint_folder, monkeypatch) -> None:
-    """torch gives a new thread the number that was set last by any thread, and that was the worker's half."""
+    """torch gives a new thread the number that any thread set last, here the worker's half."""
     engine.close()
     folder = checkpoint_folder("opt")
     found: list[int] = []
@@ -183,7 +183,7 @@ def test_the_next_engine_has_all_cores_again(engine, checkpoint_folder, monkeypa
 
 
 class SlowStream(EncodeStream):
-    """A stream on a CPU whose batches are done at random times, though `take` may ask for them earlier."""
+    """A stream on a CPU that finishes batches at random times, although `take` may ask for them earlier."""
 
     def __init__(self, runner: ModelRunner, *_: object) -> None:
         super().__init__(runner)
@@ -199,7 +199,7 @@ class SlowStream(EncodeStream):
         self.num_unencoded_images += sum(not image.is_encoded for image in images)
 
     def close(self) -> None:
-        """What `EncodeWorker` has; a stream has no thread to end."""
+        """`EncodeWorker` has this method; a stream has no thread to end."""
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_a_stream_gives_the_same_tokens_as_no_stream(stream_config: EngineConfig
 
 
 def test_memory_that_is_short_when_a_batch_is_taken_loses_no_request(stream_config, monkeypatch) -> None:
-    """Image embeds that are wanted are copied then."""
+    """Wanted image embeddings are copied at that point."""
     with Engine(stream_config) as engine:
         real, times = engine._core.runner.store, iter(range(100))
 
@@ -246,7 +246,7 @@ def test_memory_that_is_short_when_a_batch_is_taken_loses_no_request(stream_conf
 
 
 def test_an_image_of_two_priorities_is_not_queued_again_once_it_is_served(stream_config, monkeypatch) -> None:
-    """It is in two batches; the first succeeds, and memory is short for the second."""
+    """The image is in two batches; the first succeeds, and the second runs out of memory."""
     with Engine(replace(stream_config, encode_batch=2)) as engine:
         begin = threading.Event()
         engine._core.enqueue([Task(lambda: begin.wait(30))])

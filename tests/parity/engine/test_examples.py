@@ -1,4 +1,4 @@
-"""The examples in the docstrings of public classes give what they say."""
+"""The examples in the docstrings of public classes print what they say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip2_actor.confidence.features import FEATURES
 from blip2_actor.testing import save_tiny_retrieval_checkpoint
 
 WHITE, RED = (248, 248, 248), (215, 35, 35)
-"""As in the scenes that the demonstration checkpoint was trained on."""
+"""The side of the scenes that the demonstration checkpoint was trained on."""
 
 WITH_EXAMPLES = [
     "Blip2Actor",
@@ -35,7 +35,7 @@ WITH_EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """What the examples may use: the public names, a picture, and one engine of each kind."""
+    """The names that the examples may use: the public ones, a picture, and one engine of each kind."""
     picture = Image.new("RGB", (64, 64), WHITE)
     ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=RED)
     folder: Path = save_tiny_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))

@@ -57,7 +57,7 @@ def test_scores_and_embeddings_equal_the_references(engine: MatchingEngine, fold
 
 
 def count_encoded(engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Note the size of each batch that goes through the vision encoder from here on."""
+    """Record the size of each batch that goes through the vision encoder from now on."""
     sizes: list[int] = []
     real = engine.model.image_features
 
@@ -72,7 +72,7 @@ def count_encoded(engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch) -> li
 def test_an_image_given_for_several_texts_is_encoded_once(
     engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To filter captions, each is scored with its image, and the vision encoder is nearly all of the cost."""
+    """A filter scores each caption with its image, and the vision encoder is nearly all of the cost."""
     first, second = (image.numpy() for image in random_images(2))
     asked = [(first, TEXTS[0]), (second, TEXTS[1]), (first, TEXTS[2]), (first, TEXTS[1])]
     alone = [engine.score([image], [text])[0] for image, text in asked]
@@ -90,7 +90,7 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine: MatchingEngine) 
     matches = engine.score([good, b"junk", good, good], ["a dog", "a dog", "", long])
     assert [m.status for m in matches] == [Status.OK, Status.UNDECODABLE, Status.REFUSED, Status.REFUSED]
     assert "at most 64 tokens, got 82" in str(matches[3].error)
-    in_vocabulary = engine.model.config.image_token_index is None  # then it is a word like any other
+    in_vocabulary = engine.model.config.image_token_index is None  # otherwise it is a word like any other
     status = Status.OK if in_vocabulary else Status.REFUSED
     assert engine.score([good], ["a <image>"])[0].status is status
     assert engine.image_embeddings([b"junk", good])[0].status is Status.UNDECODABLE
@@ -134,7 +134,7 @@ def test_callers_of_several_threads_get_their_own_scores(engine: MatchingEngine)
 def test_each_config_refuses_the_others_checkpoint(
     folder: Path, checkpoint_folder: Callable[..., Path]
 ) -> None:
-    """It refuses before it loads anything, and names the configuration that fits."""
+    """The engine refuses before it loads anything, and names the configuration that fits."""
     with pytest.raises(ValueError, match=r"must have a language model.*as score_model.*MatchingConfig"):
         EngineConfig(model=str(folder)).info()
     with pytest.raises(
@@ -147,7 +147,7 @@ def test_each_config_refuses_the_others_checkpoint(
 
 
 def test_vectors_that_are_not_finite_fail(engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They were ok, and a search over an index with them finds nothing or fails."""
+    """Such vectors used to be ok, although a search over an index with them finds nothing or fails."""
     spoiled = random_images(2).numpy()
     monkeypatch.setattr(engine.model.vision_projection, "forward", spoil_first)
     monkeypatch.setattr(engine.model.text_projection, "forward", spoil_first)

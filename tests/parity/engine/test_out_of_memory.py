@@ -36,7 +36,7 @@ def tokens(results: list[Result]) -> list[tuple[int, ...]]:
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> list[bool]:
-    """Let the first call run out of memory; the returned list is empty until then."""
+    """Make the first call run out of memory; the returned list is empty until then."""
     real = getattr(place, name)
     called: list[bool] = []
 
@@ -65,8 +65,8 @@ def test_a_captured_pass_is_forgotten_when_its_batches_come_no_more(
 def test_a_request_wider_than_what_is_left_fails_and_blocks_nobody(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would wait for slots that never become free, and all later requests behind it: when its image is
-    encoded, or when it arrives later."""
+    """It would wait forever for slots, and all later requests behind it, whether its image is still to be
+    encoded or arrives later."""
     pictures = [image.numpy() for image in random_images(6)]
     expected = engine.generate([Request(image=picture) for picture in pictures], LONG)
     fail_once(monkeypatch, engine._core.runner, "decode")
@@ -124,7 +124,7 @@ def test_batches_are_halved_until_one_item_alone_does_not_fit() -> None:
 def test_what_does_not_fit_even_alone_fails_alone(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """There is one slot, and no memory for its text; the engine must still serve the next request."""
+    """There is one slot, and not enough memory for its text; the engine must still serve the next request."""
     folder = checkpoint_folder("opt")
     config = cpu_config(folder, max_slots=1, encode_batch=1)
     with config.build() as engine:

@@ -1,4 +1,4 @@
-"""A quantized engine does everything that an engine does, and says what it has quantized."""
+"""A quantized engine can do everything that an engine can, and reports which layers it has quantized."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVERYTHING = QuantizationChoice(method="int8", parts=PARTS, weight_bits=BITS, in
 
 
 def test_a_small_model_is_left_alone(caplog) -> None:
-    """The demonstration checkpoint is slower in int8, and would lose exactness for nothing."""
+    """In int8 the demonstration checkpoint is slower, and would lose exactness for nothing."""
     config = cpu_config("demo", quantize="int8", skip_self_test=True)
     with caplog.at_level(logging.WARNING), config.build() as engine:
         assert engine.quantization is not None
@@ -42,13 +42,13 @@ def test_a_small_model_is_left_alone(caplog) -> None:
     ids=" ".join,
 )
 def engines(request, checkpoint_folder: Callable[..., Path]) -> Iterator[tuple[Engine, Engine]]:
-    """An engine and a quantized one; every eligible layer is in int8, although none so small is faster."""
+    """An engine and a quantized one with every eligible layer in int8, though layers this small gain nothing."""
     model, method = request.param
     folder = str(checkpoint_folder(model))
     choice = EVERYTHING if method == "int8" else None
     config = cpu_config(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_test, "MAX_QUANTIZATION_ERROR", 1.0)  # random weights of width 16 differ much
+        patch.setattr(self_test, "MAX_QUANTIZATION_ERROR", 1.0)  # random weights of width 16 deviate widely
         other = replace(config, quantize=method, quantization_choice=choice)
         with config.build() as plain, other.build() as quantized:
             yield plain, quantized
@@ -119,7 +119,7 @@ def test_what_does_not_work_together_is_refused_by_name(options: dict, message: 
 
 
 def test_what_does_not_work_on_a_cpu_is_refused_by_name() -> None:
-    """fp8 also where a run is prepared, before a worker starts."""
+    """fp8 is refused even when a run is prepared, before a worker starts."""
     config = EngineConfig(model="demo", device="cpu", quantize="int8", compile=True)
     with pytest.raises(ValueError, match=r"^compile must not be true with quantize on a CPU"):
         config.build()

@@ -49,7 +49,7 @@ def make_request_states(prompt_lengths: list[int], max_new_tokens: int = 20) -> 
 
 
 class Pair:
-    """The same work on two runners: one replays steps, the other runs them eagerly."""
+    """The same work on two runners: one replays steps, and the other runs them eagerly."""
 
     def __init__(self, model: Blip2) -> None:
         self.tape = Tape()
@@ -93,7 +93,7 @@ def test_replayed_steps_give_the_logits_of_eager_ones(model: Blip2) -> None:
     pair = Pair(model)
     pair.prefill(make_request_states(PROMPT_LENGTHS), list(range(7)))
     pair.decode(5)
-    pair.move_last_to(2)  # a text in the middle has ended
+    pair.move_last_to(2)  # the text in the middle has ended
     pair.decode(4)
     pair.prefill(make_request_states([2, 5]), [6, 7])  # slots that idle rows have written to
     pair.decode(3)
@@ -167,7 +167,7 @@ def make_engine(folder: Path) -> Engine:
 
 @pytest.fixture
 def tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tape]:
-    """Let engines replay steps, as they do on a GPU."""
+    """Make engines replay steps, as they do on a GPU."""
     tape = Tape()
     monkeypatch.setattr("blip2_actor.engine.startup.capturer_for", lambda *_, **__: tape)
     yield tape
@@ -223,14 +223,14 @@ def test_steps_that_cannot_be_captured_run_eagerly(
     with caplog.at_level(logging.WARNING), make_engine(folder) as engine:
         found = served(engine)
     num_said = sum("could not be captured" in record.message for record in caplog.records)
-    assert num_said == 2  # once of images, once of decode steps
+    assert num_said == 2  # once for images, once for decode steps
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == found
 
 
 def test_a_replayed_batch_of_images_is_the_callers(model: Blip2) -> None:
-    """The next batch must not change it, nor must forgetting the pass."""
+    """The next batch must not change the result, nor must discarding the pass."""
     tape = Tape()
     encoders, eager = Encoders(model, full_batch=4, capturer=tape), Encoders(model)
     batches = [random_images(4, seed=seed) for seed in range(4)]
@@ -328,7 +328,7 @@ def test_out_of_memory_in_the_step_itself_halves_the_slots(
 def attention_formula(
     query: Tensor, kv: Tensor, counts: Tensor, bias: Tensor | None, num_heads: int, scale: float | None
 ) -> Tensor:
-    """What `decode_attention` computes on a GPU."""
+    """The formula of `decode_attention` on a GPU."""
     keys, values = kv[: len(query)].unflatten(-1, (2 * num_heads, -1)).transpose(1, 2).chunk(2, dim=1)
     heads = query.unflatten(-1, (num_heads, 1, -1))
     scores = heads @ keys.transpose(-1, -2) * (heads.shape[-1] ** -0.5 if scale is None else scale)
@@ -341,7 +341,7 @@ def attention_formula(
 def test_attention_that_reads_the_number_of_positions_gives_the_same_tokens(
     folder: Path, tape: Tape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: all steps have the `kv_len` of the whole slots, and the lengths come from the device."""
+    """As on a GPU, all steps have the `kv_len` of the whole slots, and read the lengths from the device."""
     with make_engine(folder) as engine:
         expected = served(engine)
     num_graphs = tape.num_captured

@@ -1,4 +1,4 @@
-"""Continuous batching: the result of a request depends neither on other requests nor on their timing."""
+"""Continuous batching: the result of a request does not depend on other requests or their timing."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def asked() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, asked: list[Request]) -> list[tuple[int, ...]]:
-    """Token ids of each request by itself."""
+    """The token ids of each request run alone."""
     with Engine(cpu_config(folder)) as engine:
         return [engine.generate([request])[0].token_ids for request in asked]
 
@@ -103,7 +103,7 @@ def test_any_order_of_arrivals_and_cancellations_gives_the_same_tokens(engine, a
 
 
 def test_texts_that_give_their_slots_up_have_the_same_tokens_in_the_end(engine, asked, alone) -> None:
-    """Requests of low priority fill all seven slots, and others come between any two steps."""
+    """Requests of low priority fill all seven slots, and others arrive between any two steps."""
     before = engine.stats().num_preempted
     low = [replace(request, low_priority=True) for request in asked]
     for seed in range(3):
@@ -117,7 +117,7 @@ def test_texts_that_give_their_slots_up_have_the_same_tokens_in_the_end(engine, 
 
 
 def test_greedy_texts_take_their_own_tokens_again(engine, asked, alone) -> None:
-    """Without beams next to them, steps are queued ahead meanwhile, if the engine reads late."""
+    """Unless beams run next to them, steps are queued ahead if the engine reads late."""
     greedy = [index for index, request in enumerate(asked) if request.options.num_beams == 1]
     before = engine.stats().num_preempted
     futures = [(i, engine.submit(replace(asked[i], low_priority=True))) for i in greedy]
@@ -218,7 +218,7 @@ def test_stop_texts_end_the_text_and_are_cut(engine) -> None:
 
 
 def test_a_stream_ends_where_a_stop_text_begins(engine) -> None:
-    """A stop text that ended within a token had been streamed with the rest of that token."""
+    """A stop text that ended within a token used to be streamed with the rest of that token."""
     request = Request(image=random_images(1)[0].numpy())
     whole = engine.generate([request], GenerationOptions(max_new_tokens=8, min_new_tokens=8))[0].text
     stops = {whole[at : at + length] for length in (1, 2, 3) for at in range(len(whole) - length)}
@@ -228,7 +228,7 @@ def test_a_stream_ends_where_a_stop_text_begins(engine) -> None:
 
 
 def test_texts_so_far_grow_into_the_result(engine) -> None:
-    """What `submit` reports while a text grows, and the number of prompt tokens at its end."""
+    """The values that `submit` reports while a text grows, and the number of prompt tokens at its end."""
     request = Request(image=random_images(1)[0].numpy(), prompt="a photo of")
     texts: list[str] = []
     result = engine.submit(request, GenerationOptions(max_new_tokens=12), texts.append).result()
@@ -255,9 +255,9 @@ def raise_out_of_memory() -> None:
     ],
 )
 def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatch, stage, allocate) -> None:
-    """On a device that holds only a few rows at once, everything is still served, in smaller pieces.
+    """On a device that can hold only a few rows at once, everything is still served, in smaller pieces.
 
-    NumPy, torch on a CPU, the slots on a CPU and torch on a GPU each have an error of their own for it.
+    NumPy, torch on a CPU, the slots on a CPU and torch on a GPU each raise a different error.
     """
     config = cpu_config(folder, num_threads=2, max_slots=16)
     with Engine(config) as engine:
@@ -276,7 +276,7 @@ def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatc
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_failing_device_fails_every_request_and_says_why(folder, monkeypatch, num_threads) -> None:
-    """A host must not wait forever; it must learn that the engine has failed."""
+    """A host must not wait forever, but learn that the engine has failed."""
     config = cpu_config(folder, num_threads=num_threads)
     with Engine(config) as engine:
 
@@ -326,7 +326,7 @@ def test_a_closed_engine_finishes_what_it_took_and_refuses_more(folder) -> None:
 def test_a_process_that_never_closes_its_engine_ends_cleanly(folder, num_threads) -> None:
     """A thread that is inside torch when the interpreter exits aborts the process with SIGABRT.
 
-    And torch's compiler, which takes two seconds to import, is not imported.
+    Also, torch's compiler, which takes two seconds to import, must not be imported.
     """
     code = f"""
 import sys

@@ -1,4 +1,4 @@
-"""Scores and features through the engine equal the reference, and share one pass of the encoders."""
+"""Scores and features from the engine equal the reference, and share one pass of the encoders."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_text_features_equal_the_references(engine, checkpoint_folder, language)
 
 
 def test_the_score_of_a_generated_text_is_its_logprob(engine, language) -> None:
-    """Two ways through the model, slots and teacher forcing, must agree on the same tokens."""
+    """Slots and teacher forcing, two ways through the model, must agree on the same tokens."""
     shared = engine.image(random_images(1)[0].numpy())
     result = engine.generate([Request(image=shared)], GenerationOptions(max_new_tokens=9))[0]
     rows = [(shared, engine.prompts.encode(None), list(result.token_ids))]
@@ -103,7 +103,7 @@ def test_captions_scores_and_features_of_an_image_need_one_pass(engine) -> None:
 
 
 def test_an_image_of_low_priority_waits_with_the_batch_work(engine, monkeypatch) -> None:
-    """Features of a batch job were encoded before the images of other callers."""
+    """Features of a batch job used to be encoded before the images of other callers."""
     added: list[bool] = []
     add = engine._core.scheduler.add
 
@@ -135,7 +135,7 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine) -> None:
 
 
 def test_text_features_that_are_not_finite_fail(engine, monkeypatch) -> None:
-    """They were ok, unlike features of images and scores."""
+    """These used to be ok, unlike features of images and scores."""
 
     def overflows(texts: list[torch.Tensor], recorder: object) -> list[torch.Tensor]:
         return [torch.full((len(text), 4), torch.inf if i == 0 else 1.0) for i, text in enumerate(texts)]

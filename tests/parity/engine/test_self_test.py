@@ -1,4 +1,4 @@
-"""The self-test finds what it is meant to find, and accepts healthy engines."""
+"""The self-test finds the faults that it is meant to find, and accepts healthy engines."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_a_healthy_engine_starts_and_gives_the_same_digest_again(engine) -> None
 def test_an_engine_with_few_slots_is_tested_too(
     engine, monkeypatch, caplog, tmp_path, max_slots: int
 ) -> None:
-    """It started untested, without a word, and its compiled encoders compiled at the first request.
+    """Such an engine used to start untested, silently, and its encoders compiled at the first request.
 
-    Its captions are fewer, which is no change of those that an engine with more slots has stored.
+    The test has fewer captions for it, which does not count as a change of those stored by a larger engine.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for num_slots in (3, max_slots):
@@ -47,14 +47,14 @@ def test_an_engine_with_few_slots_is_tested_too(
 
 
 def test_without_the_self_test_the_weights_are_not_hashed(engine, monkeypatch) -> None:
-    """The digest of a folder is that of its weights, which are gigabytes; only the self-test needs it."""
+    """The digest of a folder covers its weights, which are gigabytes; only the self-test needs it."""
     monkeypatch.setattr(Checkpoint, "digest", lambda checkpoint: pytest.fail("the weights were hashed"))
     with replace(engine.config, skip_self_test=True).build() as started:
         assert started.self_test is None
 
 
 def test_rows_that_leak_into_each_other_are_refused(engine, monkeypatch) -> None:
-    """Like a kernel that reads the memory of another row if the batch is larger than one."""
+    """The fault resembles a kernel that reads another row's memory if the batch is larger than one."""
     real = engine.model.qformer_features
 
     def leaking(image_embeds: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_rows_that_leak_into_each_other_are_refused(engine, monkeypatch) -> None
 
 
 def test_nan_is_refused(engine, monkeypatch) -> None:
-    """A damaged checkpoint was called a difference of nan, to be cured by another build of torch."""
+    """A damaged checkpoint used to be reported as a difference of nan, with the advice to change torch."""
     monkeypatch.setattr(
         engine.model, "project", lambda features: features.new_full((*features.shape[:2], 32), torch.nan)
     )
@@ -76,7 +76,7 @@ def test_nan_is_refused(engine, monkeypatch) -> None:
 
 
 class Stuck(Tape):
-    """Its replays do nothing, like a graph that was captured on other buffers."""
+    """Its replays do nothing, as with a graph that was captured on other buffers."""
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         super().capture(step)
@@ -84,7 +84,7 @@ class Stuck(Tape):
 
 
 def test_replayed_steps_are_compared_with_eager_ones(engine, caplog) -> None:
-    """Images alone and in a batch are both replayed, so wrong graphs could agree with each other."""
+    """Single images and batches are both replayed, so wrong graphs could agree with each other."""
     tape = Tape()
     with caplog.at_level(logging.INFO):
         runner = ModelRunner(engine.model, 5, capturer=tape)
@@ -128,7 +128,7 @@ def test_a_record_that_cannot_be_written_does_not_keep_an_engine_from_starting(t
 
 
 def test_a_process_that_ends_while_it_writes_leaves_the_last_record_whole(tmp_path, monkeypatch) -> None:
-    """Another process that reads at the same time also finds it whole: engines of one machine start
+    """A concurrent reader also finds the whole file, because the engines of a machine start together.
     together."""
     compare_with_last(FIRST, tmp_path, "c", torch.float32)
     (path,) = tmp_path.iterdir()

@@ -1,4 +1,4 @@
-"""The confidence of captions on scenes made hard by noise, blur and occlusion, whose truth is known."""
+"""The confidence of captions on scenes of known truth, degraded by noise, blur and occlusion."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def reference_ids(
     request: Request,
     **options: Any,
 ) -> list[list[int]]:
-    """Return the new tokens of the reference for a request alone, one list per returned sequence."""
+    """Return the reference's new tokens for a request alone, one list per returned sequence."""
     prompt, image = request.prompt, torch.from_numpy(request.image)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
@@ -85,7 +85,7 @@ def make_requests(count: int, prompts: Sequence[str | None] = PROMPTS) -> list[R
     ],
 )
 def test_greedy_search_equals_the_reference_in_a_mixed_batch(engine, reference, language, options) -> None:
-    """Wrong padding or positions, or the keys of another row, change the tokens of a row."""
+    """Wrong padding or positions, or another row's keys, would change the tokens of a row."""
     requests = make_requests(12)
     results = engine(language, **options).generate(requests, GenerationOptions(max_new_tokens=20))
     for request, result in zip(requests, results, strict=True):
@@ -116,7 +116,7 @@ def test_greedy_search_equals_the_reference_in_a_mixed_batch(engine, reference, 
     ids=str,
 )
 def test_search_options_equal_the_reference(engine, reference, language, options) -> None:
-    """A beam whose keys are not reordered, or a score with another length penalty, gives other tokens."""
+    """A beam whose keys are not reordered, or another length penalty, would give other tokens."""
     requests = make_requests(6)
     results = engine(language).generate(requests, GenerationOptions(max_new_tokens=12, **options))
     for request, result in zip(requests, results, strict=True):
@@ -129,7 +129,7 @@ def test_search_options_equal_the_reference(engine, reference, language, options
 @pytest.mark.parametrize("language", ["opt", "t5"])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_bad_words_equal_the_reference(engine, reference, language, num_beams) -> None:
-    """Bad words come from each image's own text: one token, pairs, and an end token, which stays allowed."""
+    """Each image's own text gives the bad words: one token, pairs, and an end token, which stays allowed."""
     requests = make_requests(4)
     free = engine(language).generate(requests, GenerationOptions(max_new_tokens=12, num_beams=num_beams))
     options: dict[str, Any] = {"max_new_tokens": 12, "num_beams": num_beams}
@@ -155,7 +155,7 @@ def test_bad_words_equal_the_reference(engine, reference, language, num_beams) -
     "stop", ["\n", " ", "".join(map(chr, range(33, 127)))], ids=["line", "space", "most"]
 )
 def test_stop_texts_equal_the_reference(engine, reference, language, num_beams, stop) -> None:
-    """White space ends a text where it comes, and a beam that has ended never goes on, even if most end."""
+    """White space ends a text wherever it occurs. A beam that has ended never continues, even if most end."""
     stop, tokenizer = tuple(stop), tiny_tokenizer(language)
     wanted = tokenizer(" \nab", add_special_tokens=False).input_ids if len(stop) == 1 else range(5, 264)
     options = {
@@ -164,7 +164,7 @@ def test_stop_texts_equal_the_reference(engine, reference, language, num_beams, 
         "num_return_sequences": num_beams,
         "suppress_tokens": [token_id for token_id in range(264) if token_id not in wanted],
     }
-    requests = make_requests(6, prompts=[None])  # the reference also finds stop texts that a prompt begins
+    requests = make_requests(6, prompts=[None])  # the reference also finds stop texts that begin in a prompt
     results = engine(language).generate(requests, GenerationOptions(**options, stop=stop))
     for request, result in zip(requests, results, strict=True):
         more = {"do_sample": False, "stop_strings": list(stop), "tokenizer": tokenizer}
@@ -184,7 +184,7 @@ def test_stop_texts_equal_the_reference(engine, reference, language, num_beams, 
 
 
 class PreferRareIds(LogitsProcessor):
-    """Subtract from each token how often the text and prompt have it, and 1 from even ids at even lengths."""
+    """Subtract from each token its count in text and prompt, and 1 from even ids at even lengths."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         counts = torch.zeros_like(scores).scatter_add_(
@@ -197,7 +197,7 @@ class PreferRareIds(LogitsProcessor):
 @pytest.mark.parametrize("language", ["opt", "t5"])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_logits_processor_of_a_request_equals_the_reference(engine, reference, language, num_beams) -> None:
-    """It sees the ids that the reference's processors see, after the options' own, for its request alone."""
+    """It sees the same ids as the reference's processors, after the options' own, for its request alone."""
     options = {"max_new_tokens": 12, "num_beams": num_beams, "repetition_penalty": 1.2}
     plain = make_requests(4)
     own = [replace(request, logits_processor=LogitsProcessorList([PreferRareIds()])) for request in plain]
@@ -260,7 +260,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused(engine) -> None:
 def test_beam_sampling_equals_the_reference_apart_from_chance(
     engine, reference, language, options, monkeypatch
 ) -> None:
-    """Both draw continuations from scores. If both take the most likely ones instead, the texts are equal."""
+    """Both draw continuations from scores. If both took the most likely ones, the texts would be equal."""
     options = {"max_new_tokens": 10, "num_beams": 3, "do_sample": True} | options
     monkeypatch.setattr(torch, "multinomial", lambda p, num_samples: p.topk(num_samples).indices)
     monkeypatch.setattr(
@@ -270,7 +270,7 @@ def test_beam_sampling_equals_the_reference_apart_from_chance(
     requests = make_requests(4)
     results = engine(language).generate(requests, GenerationOptions(**options))
     for request, result in zip(requests, results, strict=True):
-        given = {"top_k": 0} | options  # the reference samples from the top 50 if nobody says otherwise
+        given = {"top_k": 0} | options  # the reference's default is 50
         expected = reference_ids(reference(language), language, request, **given)
         assert [list(c.token_ids) for c in result.completions] == expected
 

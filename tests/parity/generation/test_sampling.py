@@ -1,4 +1,4 @@
-"""Sampling: the distribution is that of the reference, and each request has a seed of its own."""
+"""Sampling: the distribution equals the reference's, and each request has its own seed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def reference_processors(
 
 
 def test_beams_keep_as_many_tokens_as_in_the_reference() -> None:
-    """With fewer, a beam whose best tokens end would have no continuation."""
+    """With fewer, a beam whose best tokens all end it would have no continuation."""
     strict = GenerationOptions(do_sample=True, top_k=1).resolve()
     loose = replace(strict, top_k=0)
     options = [strict, replace(loose, top_p=0.01), replace(loose, min_p=1.0), replace(loose, typical_p=0.01)]
@@ -90,7 +90,7 @@ def test_beams_keep_as_many_tokens_as_in_the_reference() -> None:
 
 
 def test_drawing_without_replacement_follows_the_probabilities() -> None:
-    """Over evenly spread numbers, each ordered pair comes as often as two draws in a row give it."""
+    """Over evenly spread numbers, each ordered pair occurs as often as in two successive draws."""
     p = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0], dtype=torch.float64)
     count = 80
     numbers = [[(i + 0.5) / count, (j + 0.5) / count] for i in range(count) for j in range(count)]
@@ -126,7 +126,7 @@ def test_logits_processors_equal_the_reference_in_a_mixed_batch() -> None:
 
 @pytest.mark.parametrize("options", MIXED[:4], ids=str)
 def test_sampling_follows_the_references_probabilities(options: GenerationOptions) -> None:
-    """With N evenly spread numbers, a token is selected N times its probability, and a removed one never."""
+    """With N evenly spread numbers, a token is selected N times its probability; a removed one, never."""
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2)) * 2
     expected = reference_processors(options, 0, [])(torch.zeros(1, 0, dtype=torch.long), logits)[0].softmax(
         -1

@@ -1,6 +1,6 @@
-"""The engine on a GPU: the reference's tokens in float32, true captions in every dtype.
+"""The engine on a GPU: the reference's tokens in float32, correct captions in every dtype.
 
-Everything that only a GPU does takes part: steps replayed as CUDA graphs, its kernels, images encoded on a
+This covers everything that happens only on a GPU: steps replayed as CUDA graphs, kernels, images encoded on a
 second stream, and, where a test says so, compiled encoders.
 """
 
@@ -30,7 +30,7 @@ WORK: Work = [(i, PROMPTS[i % 4], 3 + 5 * i % 17) for i in range(40)]
 
 @pytest.fixture(autouse=True)
 def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference's convolution would round to 10 bits."""
+    """Otherwise the reference's convolution would round to 10 bits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -57,7 +57,7 @@ def test_float32_gives_the_tokens_of_the_reference(
 def test_float32_gives_the_tokens_of_the_reference_at_midsize(
     midsize: Path, num_beams: int, compiled: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With random weights, two beams can be so near that the order of a sum decides between them."""
+    """With random weights, two beams can be so close that the order of a sum decides between them."""
     options = config(midsize, max_slots=20, encode_batch=16, compile=compiled)
     found = EngineSide(options, WORK, num_beams).run()
     expected = ReferenceSide(midsize, "float32", "cuda", WORK, num_beams).run(8)
@@ -83,7 +83,7 @@ def test_captions_of_scenes_are_true_in_every_dtype(
 
 
 def test_features_are_those_of_the_cpu() -> None:
-    """They are copied while the device computes on streams of the engine."""
+    """The inputs are copied while the device computes on the engine's streams."""
     images = list(draw(SceneSampler("held_out", 3).sample(200), 64))
     found = []
     for device in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""In a float16 model the Q-Former stays in float32, as in the reference; computed here on a CPU."""
+"""In a float16 model the Q-Former stays in float32, as in the reference; tested here on a CPU."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernels_can_be_compiled(dtype: torch.dtype) -> None:
-    """With the shapes of the published models; `tests/kernels` compares the results."""
+    """Use the shapes of the published models; `tests/kernels` compares the results."""
     device = torch.device("cuda", 0)
     assert vision._find_kernel(device, dtype, 257, 3 * 1408, 16) is not None
     assert residual._find_kernel(device, dtype) is not None
@@ -45,7 +45,7 @@ def norm_of(width: int, dtype: torch.dtype, has_bias: bool) -> nn.LayerNorm:
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_update", [False, True])
 def test_a_layer_in_fp8_reads_a_norm(has_update: bool, has_bias: bool) -> None:
-    """In float32, so that it differs from torch's bfloat16 by one rounding more or less."""
+    """Computed in float32, so it differs from torch's bfloat16 by about one rounding."""
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU does not compute in fp8")
     norm, linear = norm_of(1408, torch.bfloat16, has_bias), Linear(1408, 256).cuda().bfloat16()

@@ -1,4 +1,4 @@
-"""The variants of OPT that a BLIP-2 may have, against transformers: given texts, and one token at a time."""
+"""The OPT variants that BLIP-2 may use, against transformers: on whole texts, and token by token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Holder(nn.Module):
-    """Holds the decoder under the name that it has in a checkpoint."""
+    """Holds the decoder under its name in a checkpoint."""
 
     def __init__(self, language_model: OptDecoder) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def expected_logits(reference: OPTForCausalLM, prefix: Tensor, text: Tensor) -> 
 
 @torch.no_grad()
 def test_logits_of_given_texts_and_of_decode_steps(models: tuple[OptDecoder, OPTForCausalLM]) -> None:
-    """A norm, bias or projection that is wrong for a variant changes every logit."""
+    """A wrong norm, bias or projection for a variant would change every logit."""
     ours, reference = models
     generator = torch.Generator().manual_seed(8)
     width = ours.embed_tokens.embedding_dim

@@ -1,4 +1,4 @@
-"""Quantized models say nearly what the models themselves say, on random weights and with outliers."""
+"""Quantized models give nearly the results of the plain models, on random weights and with outliers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 SIZE_PX, VOCAB_SIZE = 28, 300
 METHODS = ("int8", "fp8", "int8-weights")
 MARGIN = {"int8": 0.2, "fp8": 0.4, "int8-weights": 0.2}
-"""A reference's largest logit must be ahead by so many standard deviations to be compared: what is nearer is
-decided by rounding."""
+"""To be compared, a reference's largest logit must lead by this many standard deviations; rounding
+decides closer ones."""
 MAX_ERROR = {"int8": 0.15, "fp8": 0.25, "int8-weights": 0.15}
 
 
@@ -82,7 +82,7 @@ CALIBRATION = Calibration(images(3), [2])
 
 
 def parts_of(model: Blip2, method: str) -> tuple[str, ...]:
-    """Return the parts that are quantized: all; in fp8, which has four significant bits, those of a GPU."""
+    """Return the parts to quantize: all; for fp8, which has four significant bits, those of a GPU."""
     fixed = fixed_parts(method, torch.device("cuda"), model.config.text_config.model_type)
     return fixed if method == "fp8" and fixed else PARTS
 
@@ -119,14 +119,14 @@ def test_random_models_choose_the_same_first_token(width: int, language: str, me
     after = first_logits(model)
     largest = before.topk(2).values
     counts = (largest[:, 0] - largest[:, 1]) / before.std() > MARGIN[method]
-    assert counts.sum() >= 34  # or a single row that differs would decide
+    assert counts.sum() >= 34  # otherwise a single row could decide
     agreement = (before.argmax(-1) == after.argmax(-1))[counts].float().mean()
     assert agreement >= 0.97
     assert record.logits_error < MAX_ERROR[method]
 
 
 def with_outliers(model: Blip2) -> Blip2:
-    """Make some channels of the activations 100 times the others, as in OPT, and change no result."""
+    """Make some channels of the activations 100 times the others, as in OPT, without changing any result."""
     for linear, norm in preceding_norms(model).items():
         factors = torch.ones(linear.in_features)
         factors[3::23] = 100
@@ -149,7 +149,7 @@ def test_outlier_channels_cost_nothing(language: str, method: str) -> None:
 def test_a_layer_that_would_differ_too_much_stays_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without smoothing, outliers take the bits of the other channels; such a layer is named, once."""
+    """Without smoothing, outliers use up the bits of the other channels; such a layer is reported once."""
     model = with_outliers(random_model(64))
     monkeypatch.setattr(quantizing, "preceding_norms", lambda model: {})
     record = quantize_all(model)
@@ -162,7 +162,7 @@ def test_a_layer_that_would_differ_too_much_stays_as_it_is(
 
 
 def test_the_calibration_sees_the_model_as_it_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logits that the quantized model is compared with are those of the plain one, bit by bit."""
+    """The logits that the quantized model is compared with are the plain model's, bit for bit."""
     model = random_model(32)
     expected = CALIBRATION.logits(model)
     seen: list[torch.Tensor] = []

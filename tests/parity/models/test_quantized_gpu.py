@@ -1,4 +1,4 @@
-"""Quantized engines on a GPU: they say nearly what the plain engine says, alone and together."""
+"""Quantized engines on a GPU give nearly the plain engine's results, one by one and in batches."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_kernel_scales_rows_as_torch_does(width: int, num_channels: int, num
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh"])
 def test_the_kernel_computes_the_activation_before_the_layer(name: str) -> None:
-    """In float32, so that it differs from torch's bfloat16 by one rounding more or less."""
+    """Computed in float32, so it differs from torch's bfloat16 by about one rounding."""
     require("fp8")
     weight, x = torch.randn(256, 1408), 2 * torch.randn(70, 1408).bfloat16()
     quantized = RowScaledWeight(weight.cuda(), FP8)

@@ -27,7 +27,7 @@ def language(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint_folder: Callable[..., Path], language: str) -> Iterator[Engine]:
-    """Its linear layers are packed, as those of users are."""
+    """Its linear layers are packed, as in engines of users."""
     config = EngineConfig(
         model=str(checkpoint_folder(language)), dtype="float32", device="cpu", num_threads=1
     )
@@ -37,7 +37,7 @@ def engine(checkpoint_folder: Callable[..., Path], language: str) -> Iterator[En
 
 @pytest.fixture(scope="module")
 def eager(checkpoint_folder: Callable[..., Path], language: str) -> Blip2ForConditionalGeneration:
-    """The reference; its faster attentions return no maps."""
+    """The reference with eager attention: its faster ones return no maps."""
     return Blip2ForConditionalGeneration.from_pretrained(
         checkpoint_folder(language), attn_implementation="eager"
     ).eval()
@@ -50,18 +50,18 @@ def assert_equal(found: dict[str, np.ndarray] | None, expected: dict[str, Tensor
 
 
 def states_by_name(part: str, states: Sequence[Tensor], row: int = 0) -> dict[str, Tensor]:
-    """Names of a stack whose last state of the reference is not normed."""
+    """Names of the stacks whose last state the reference returns without the final norm."""
     named = {f"{part}.layers.{i}": s[row] for i, s in enumerate(states[1:])}
     return {f"{part}.embeddings": states[0][row], **named}
 
 
 def normed_states_by_name(part: str, states: Sequence[Tensor], row: int = 0) -> dict[str, Tensor]:
-    """The reference gives the last state after the final norm, in place of that of the last layer."""
+    """The reference returns the state after the final norm in place of the last layer's own."""
     return states_by_name(part, states[:-1], row) | {f"{part}.last_hidden_state": states[-1][row]}
 
 
 def without_last_layers(states: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-    """Leave out what the reference does not return: the last layer of a stack before the final norm."""
+    """Leave out the state that the reference does not return: a stack's last layer before the final norm."""
     assert states is not None
     names = list(states)
     last = {before for before, name in pairwise(names) if "last_hidden" in name}
@@ -92,7 +92,7 @@ def test_both_encoders(engine, eager) -> None:
 
 
 def test_maps_of_the_qformer_alone_take_one_pass_of_the_vision_encoder(engine: Engine) -> None:
-    """The endpoint asks for them with every answer that says where the model looked."""
+    """The endpoint needs the maps for every answer that says where the model looked."""
     [expected] = engine.features([PICTURES[0].numpy()], with_attention_maps=True)
     num_passes = 0
 
@@ -155,7 +155,7 @@ def test_the_language_model_reads_image_prompt_and_text(engine, eager, language)
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_texts_with_attention_masks(engine, checkpoint_folder, language, side) -> None:
-    """The reference pads a batch of texts and masks the padding; here the same ids and masks may be given."""
+    """The reference pads a batch of texts and masks the padding; the same ids and masks may be given here."""
     model = Blip2Model.from_pretrained(checkpoint_folder(language), attn_implementation="eager").eval()
     texts = ["a cat", "two dogs on a sofa"]
     tokenizer = tiny_tokenizer(language)
@@ -181,7 +181,7 @@ def test_texts_with_attention_masks(engine, checkpoint_folder, language, side) -
 
 
 def test_only_what_is_named_is_returned(engine, language) -> None:
-    """All maps of a large vision encoder are hundreds of megabytes an image."""
+    """All maps of a large vision encoder take hundreds of megabytes per image."""
     picture = PICTURES[0].numpy()
     (features,) = engine.features(
         [picture], with_attention_maps=["qformer.*.cross_attention"], with_hidden_states="vision.layers.0"
@@ -212,6 +212,6 @@ def test_only_what_is_named_is_returned(engine, language) -> None:
     ],
 )
 def test_a_bad_mask_or_bad_ids_are_an_entry_with_a_status(engine, text, mask, message) -> None:
-    """Next to them, other texts are read."""
+    """Other texts in the same call are still read."""
     bad, good = engine.text_features([text, "a cat"], [mask, None])
     assert bad.status is Status.REFUSED and message in bad.error and good.features is not None

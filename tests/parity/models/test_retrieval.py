@@ -40,7 +40,7 @@ def texts() -> list[Tensor]:
 def test_scores_equal_the_reference(
     models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval], texts: list[Tensor]
 ) -> None:
-    """A text that attends to its padding, or an image without its queries, changes every score."""
+    """A text that attended to its padding, or an image without its queries, would change every score."""
     ours, theirs = models
     pixel_values = torch.randn(3, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=torch.Generator().manual_seed(5))
     image_embeds = ours.image_features(pixel_values)

@@ -54,7 +54,7 @@ def test_loss_and_gradients_equal_the_reference(
     reference: Callable[..., Blip2ForConditionalGeneration],
     tmp_path: Path,
 ) -> None:
-    """A detached part, or a parameter that should be shared and is not, gives other gradients."""
+    """A detached part, or a shared parameter that is not shared here, would give other gradients."""
     ours, theirs = load(checkpoint_folder(language)).requires_grad_(True), reference(language)
     pixel_values, input_ids = make_pixels(3), make_ids(3, 7)
     labels = input_ids.clone() if language == "opt" else make_ids(3, 5, seed=7)
@@ -67,7 +67,7 @@ def test_loss_and_gradients_equal_the_reference(
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert logits.shape == (*labels.shape, 264)
 
-    # The reference's gradients are loaded like weights, so that each arrives at its counterpart.
+    # The reference's gradients are loaded like weights, so each lands at its counterpart.
     shutil.copy(checkpoint_folder(language) / "config.json", tmp_path)
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()
@@ -95,7 +95,7 @@ def test_scores_of_texts_equal_the_reference(
     checkpoint_folder: Callable[..., Path],
     reference: Callable[..., Blip2ForConditionalGeneration],
 ) -> None:
-    """Each row, with its own prompt and text, is scored as if it were alone; rows may share an image."""
+    """Each row, with its own prompt and text, is scored as if alone; rows may share an image."""
     ours, theirs = load(checkpoint_folder(language)), reference(language)
     pixel_values = make_pixels(2)
     image_of_row, prompt_lengths, text_lengths = [0, 1, 1, 0], [1, 4, 4, 2], [6, 3, 9, 1]

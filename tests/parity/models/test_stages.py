@@ -1,4 +1,4 @@
-"""Each stage of the model against transformers, with the same random weights, read by the real loader."""
+"""Each stage of the model against transformers, with the same random weights, loaded by the real loader."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_qformer_and_projection_equal_the_reference(model, reference, pixel_valu
 @pytest.mark.parametrize("prompt", [None, "Question: how many? Answer:"])
 @torch.no_grad()
 def test_first_logits_equal_the_reference(model, reference, pixel_values, prompt) -> None:
-    """Checks packed prefill, positions and the head alone, without a search."""
+    """Checks packed prefill, positions and the head in isolation, without a search."""
     text = tiny_tokenizer("opt")(prompt).input_ids if prompt else [2]
     input_ids = torch.tensor([[IMAGE_TOKEN_ID] * NUM_QUERIES + text]).expand(3, -1)
     expected = reference()(pixel_values=pixel_values, input_ids=input_ids).logits[:, -1]
@@ -63,19 +63,19 @@ def test_first_logits_equal_the_reference(model, reference, pixel_values, prompt
 
 
 def test_images_of_another_size_are_refused(model) -> None:
-    """The reference fails with an error about shapes (or interpolates on request); ours names the field."""
+    """The reference fails with a shape error (or interpolates on request); ours names the field."""
     with pytest.raises(ValueError, match=r"pixel_values must be \[B, 3, 28, 28\].*resize"):
         model.image_features(torch.zeros(1, 3, 42, 42))
 
 
 def test_queries_without_an_image_are_an_error(model) -> None:
-    """A Q-Former that skipped its cross-attentions would return numbers that mean nothing."""
+    """A Q-Former that skipped its cross-attentions would return meaningless numbers."""
     with pytest.raises(AssertionError, match="queries need an image"):
         model.qformer(model.query_tokens)
 
 
 def test_both_checkpoint_layouts_give_the_same_captions(tmp_path, checkpoint_folder) -> None:
-    """Checkpoints from before transformers 4.47 have no image token; their weights are the same."""
+    """Checkpoints older than transformers 4.47 have no image token; their weights are the same."""
     newer = checkpoint_folder()
     older = tmp_path / "older"
     shutil.copytree(newer, older)
@@ -96,7 +96,7 @@ def test_both_checkpoint_layouts_give_the_same_captions(tmp_path, checkpoint_fol
 def test_a_checkpoint_with_other_tensors_is_refused_by_name(tmp_path, checkpoint_folder, monkeypatch) -> None:
     """transformers fills missing tensors with random numbers and only logs it.
 
-    The names come from the headers of the files, so the error comes before 15 GB are read.
+    The names come from the file headers, so the error comes before 15 GB are read.
     """
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint_folder(), broken)
@@ -105,7 +105,7 @@ def test_a_checkpoint_with_other_tensors_is_refused_by_name(tmp_path, checkpoint
     tensors["surprise.weight"] = torch.zeros(2)
     tensors["language_projection.bias"] = torch.zeros(7)
     query = "qformer.encoder.layer.0.attention.attention.query.weight"
-    tensors[query] = tensors[query][:0].clone()  # it fills a part of a fused weight
+    tensors[query] = tensors[query][:0].clone()  # this tensor fills a part of a fused weight
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(SafetensorsTensor, "pieces", lambda self: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match="do not match its config") as refusal:

@@ -1,4 +1,4 @@
-"""Our T5 against transformers' T5, part by part, in float32; and that float16 stays finite."""
+"""Our T5 against transformers' T5, part by part, in float32; float16 stays finite."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def decode_step(t5: T5, cache: T5KVCache, texts: list[list[int]]) -> Tensor:
 
 @torch.no_grad()
 def test_encoder_of_packed_prefixes(models: tuple[T5, T5ForConditionalGeneration]) -> None:
-    """A prefix that attends to others in the packing, or a bias of the wrong range, gives other features."""
+    """A prefix that attended to others in the packing, or a wrong bias range, would change the features."""
     t5, reference = models
     generator = torch.Generator().manual_seed(2)
     texts = [torch.randint(5, 260, (length,), generator=generator) for length in LENGTHS]
@@ -103,7 +103,7 @@ def test_greedy_search_in_slots(models: tuple[T5, T5ForConditionalGeneration]) -
 
 @torch.no_grad()
 def test_slots_are_copied_swapped_and_grown(models: tuple[T5, T5ForConditionalGeneration]) -> None:
-    """A text that is copied to another slot keeps its prefix, its length and its tokens."""
+    """A text copied to another slot keeps its prefix, length and tokens."""
     t5, reference = models
     short, long = make_prefixes([6, 70])
     cache = t5.new_kv_cache(4, 6, 4)
@@ -115,7 +115,7 @@ def test_slots_are_copied_swapped_and_grown(models: tuple[T5, T5ForConditionalGe
     decode_step(t5, cache, [[7], [8]])
     cache.grow(6, 20)
     assert cache.holds(70, 20)
-    cache.copy_slots([0, 1, 1], [1, 0, 2], 2)  # swap, and copy the long text: now long, short, long
+    cache.copy_slots([0, 1, 1], [1, 0, 2], 2)  # swap two and copy the long text: now long, short, long
     decode_step(t5, cache, [[8, 9], [7, 10], [8, 11]])
     cache.copy_positions([2], [0], 2, 3)  # texts 0 and 2 differ from position 2 on
     logits = decode_step(t5, cache, [[8, 11, 12], [7, 10, 13], [8, 11, 14]])
@@ -126,7 +126,7 @@ def test_slots_are_copied_swapped_and_grown(models: tuple[T5, T5ForConditionalGe
 
 @torch.no_grad()
 def test_given_texts_of_mixed_lengths(models: tuple[T5, T5ForConditionalGeneration]) -> None:
-    """Some texts are longer than the last range of the bias, some share a length, and one is empty."""
+    """Some texts are longer than the last range of the bias, some have equal lengths, and one is empty."""
     t5, reference = models
     prefixes = make_prefixes([6, 40, 6, 6, 40, 6])
     generator = torch.Generator().manual_seed(3)
@@ -138,7 +138,7 @@ def test_given_texts_of_mixed_lengths(models: tuple[T5, T5ForConditionalGenerati
 
 @torch.no_grad()
 def test_many_decode_steps_equal_one_given_text(checkpoint_folder: Callable[..., Path]) -> None:
-    """Decode steps have the same bias as a whole text, also beyond the last exact distance."""
+    """Decode steps use the same bias as a whole text, even beyond the last exact distance."""
     t5 = load(checkpoint_folder("t5"))
     (prefix,) = make_prefixes([6])
     text = torch.randint(5, 260, (140,), generator=torch.Generator().manual_seed(4))
@@ -195,7 +195,7 @@ def test_bfloat16_is_close_to_float32(checkpoint_folder: Callable[..., Path]) ->
 
 
 def test_head_is_shared_unless_the_checkpoint_stores_one(checkpoint_folder: Callable[..., Path]) -> None:
-    """The configuration does not tell: transformers 5 writes tie_word_embeddings=true for every T5."""
+    """The configuration does not say: transformers 5 writes tie_word_embeddings=true for every T5."""
     own = load(checkpoint_folder("t5"))
     assert own.lm_head.weight is not own.embed_tokens.weight
     shared = load(checkpoint_folder("t5", tie_word_embeddings=True))
@@ -205,7 +205,7 @@ def test_head_is_shared_unless_the_checkpoint_stores_one(checkpoint_folder: Call
 def test_stored_copies_of_the_embeddings_must_agree(
     checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Older checkpoints store the embeddings up to three times, and an unused table of biases."""
+    """Older checkpoints store the embeddings up to three times, and an unused bias table."""
     folder = checkpoint_folder("t5")
     for file in folder.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""The vision encoder gets the pixels of the checkpoint's own image processor, bit for bit."""
+"""The vision encoder gets exactly the pixels of the checkpoint's own image processor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reference(size_px: int) -> BlipImageProcessorPil:
 
 
 def reference_pixels(image: Image.Image, size_px: int) -> np.ndarray:
-    """Return uint8[S, S, 3] of the reference, before it rescales and normalizes."""
+    """Return the reference's uint8[S, S, 3] before rescaling and normalizing."""
     pixel_values = reference(size_px)(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
     return np.asarray(pixel_values).transpose(1, 2, 0)
 
@@ -38,14 +38,14 @@ def test_pixels_of_an_rgb_image(size: tuple[int, int], size_px: int, image_forma
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
 def test_pixels_of_other_opaque_modes(mode: str) -> None:
-    """The one-channel shortcut for gray images must be exact, and palette indices must not be mixed."""
+    """The one-channel shortcut for gray images must be exact, and palette indices must not be averaged."""
     data = encode(noise(300, 200).convert(mode), "TIFF")
     expected = reference_pixels(Image.open(io.BytesIO(data)), 224)
     assert (decode_image(data, 224).array(224) == expected).all()
 
 
 def test_pixels_of_a_turned_photograph() -> None:
-    """The picture is turned first and resized second; the other order rounds differently."""
+    """The picture is first turned, then resized; the other order rounds differently."""
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(noise(320, 200), "JPEG", exif=exif)
