@@ -1,7 +1,7 @@
-# Everything a developer types. Each target sets up .venv by itself.
+# The commands of development. Each target sets up .venv by itself.
 PYTHON ?= python3
-# make install TORCH=cpu takes the build of torch without CUDA, whose download is 2.8 GB smaller. That index does not
-# have every version of constraints.txt, so what torch needs comes with the rest.
+# make install TORCH=cpu installs torch without CUDA, whose download is 2.8 GB smaller. That index lacks some
+# versions of constraints.txt, so torch's dependencies are installed with the rest.
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--no-deps --index-url https://download.pytorch.org/whl/cpu)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +32,7 @@ test: $(STAMP)  ## run the default suite: unit, parity, contracts, integration
 slow: $(STAMP)  ## run the tests that the default suite leaves to continuous integration
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m slow
 
-# In a folder of its own, so that the other tests run without triton, as users do whose torch is for CPUs.
+# triton gets its own folder, so that the other tests run without it, like users with torch for CPUs.
 build/triton: deploy/constraints-cuda.txt | $(STAMP)
 	rm -rf $@
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ -c $< triton
@@ -44,7 +44,7 @@ gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU, where they are not skip
 	$(BIN)/python -m pytest -m gpu tests/parity
 	$(BIN)/python -m pytest tests/kernels
 
-# torch is the one of constraints.txt. One file is left out because schemathesis does not fit the oldest packages, and one
+# torch has the version of constraints.txt. One file is left out because schemathesis does not fit the oldest packages, and one
 # test because older versions of transformers import torch's compiler.
 lowest: $(STAMP)  ## run the unit and parity tests with the lowest versions that pyproject.toml declares; not in the default suite
 	rm -rf build/lowest

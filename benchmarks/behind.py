@@ -1,10 +1,10 @@
-"""What callers and a batch job lose when they share an engine: latency of the one, speed of the other.
+"""What callers and a batch job lose when they share an engine: the callers' latency, the job's speed.
 
-Callers come at random at a share of the engine's own speed; the job always has enough waiting, at low
-priority. Three conditions: callers alone, the job alone, and both. This is done with the demonstration
-checkpoint, whose steps take longer the more texts run, by the clock, in turns, so that other work on the
-machine disturbs all; and with the scheduler on devices that only count the time of their passes, so that
-nothing can disturb them, and no idle machine is needed.
+Callers come at random, at a fraction of the engine's own speed; the job always has requests waiting, at low
+priority. There are three conditions: callers alone, the job alone, and both. They are measured twice. First
+with the demonstration checkpoint, whose steps take longer the more texts run, by the clock and in turns, so
+that other work disturbs all conditions alike. Then with the scheduler on devices that only count the time of
+their passes, which nothing can disturb, so that no idle machine is needed.
 
     python -m benchmarks.behind
 """
@@ -34,19 +34,19 @@ ONLINE_SHARE = 0.3
 NUM_ROUNDS = 5
 ROUND_S = 4.0
 BACKLOG = 256
-"""Requests of the job that wait or run."""
+"""Number of the job's requests that wait or run."""
 ENCODE_BATCH = 16
 COUNTED_S = 25.0
-"""Seconds of a counted device in each condition."""
+"""Seconds that a counted device works in each condition."""
 
 
 @dataclass(frozen=True)
 class PassTimes:
-    """Seconds of a device for its passes."""
+    """Seconds that a device takes for its passes."""
 
     encode: float
     encode_image: float
-    """For each image, in addition to `encode`."""
+    """For each image, added to `encode`."""
     prefill: float
     decode: float
 
@@ -56,7 +56,7 @@ DEVICES = {
     "encoding takes longer for more images": PassTimes(0.006, 0.0013, 0.006, 0.005),
     "encoding takes as long as its images": PassTimes(0.002, 0.003, 0.002, 0.003),
 }
-"""The second is like an accelerator with a large model, the third like CPUs."""
+"""The second resembles an accelerator with a large model, the third a CPU."""
 
 
 class Submits(Protocol):
@@ -93,7 +93,7 @@ class CountedDevice:
 
 
 class NoWords:
-    """A vocabulary without texts; 0 would end one."""
+    """A vocabulary without texts; token 0, which is never selected, would end one."""
 
     end_ids = frozenset({0})
 
@@ -102,7 +102,7 @@ class NoWords:
 
 
 class CountedLoad:
-    """One condition on a counted device."""
+    """Run one condition on a counted device."""
 
     def __init__(self, times: PassTimes, slots: int, per_s: float, has_batch: bool) -> None:
         self.latencies_s: list[float] = []
@@ -172,12 +172,12 @@ def _figures(
 
 
 class Load:
-    """One condition, measured over all rounds."""
+    """Run and measure one condition over all rounds."""
 
     def __init__(self, engine: Submits, per_s: float, has_batch: bool) -> None:
         """
         Args:
-            per_s: callers that come in a second; 0 for none.
+            per_s: callers per second; 0 for none.
         """
         self.latencies_s: list[float] = []
         self.num_done, self.seconds = 0, 0.0
@@ -186,7 +186,7 @@ class Load:
         self._images = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), np.uint8)
 
     def run(self, for_s: float = ROUND_S) -> None:
-        """Keep the condition up for some seconds, then cancel what is left."""
+        """Keep the condition up for some seconds, then cancel the remaining requests."""
         began_s = time.perf_counter()
         batch: list[Future[Result]] = []
         online: list[Future[Result]] = []

@@ -1,4 +1,4 @@
-"""What the command lines of all benchmarks have in common."""
+"""What the command lines of all benchmarks share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser that prints `description` as it is written, with the option `--output`."""
+    """Return a parser that prints `description` unchanged and has the option `--output`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""How good the confidence of a caption is: drawn scenes, made hard by noise, blur and occlusion.
+"""How good the confidence of a caption is, on drawn scenes degraded by noise, blur and occlusion.
 
-The demonstration checkpoint captions scenes that its training has not seen, so that the right caption of each
+The demonstration checkpoint captions scenes outside its training set, so that the right caption of each
 is known. A calibration is fitted on one half of the captions and measured on the other.
 
     python -m benchmarks.confidence
@@ -23,12 +23,12 @@ from blip2_actor.demo.examples import make_examples
 NUM_SCENES = 8000
 KINDS = ("noise", "blur", "occlusion")
 MAX_NOISE, MAX_BLUR_PX, MAX_COVERED = 50.0, 6.0, 0.45
-"""Standard deviation of the noise, radius of the blur, side of the covered square as a share of the image."""
+"""Standard deviation of the noise, radius of the blur, and side of the covered square as a fraction."""
 LIMITS = (0.5, 0.8, 0.9, 0.95)
 
 
 def degrade(image: np.ndarray, kind: str, strength: float, draw: np.random.Generator) -> np.ndarray:
-    """Return uint8[S, S, 3] made hard in one way; the strength is from 0 to 1."""
+    """Return uint8[S, S, 3] degraded in one way; the strength is from 0 to 1."""
     if kind == "blur":
         blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(MAX_BLUR_PX * strength))
         return np.asarray(blurred)
@@ -60,7 +60,7 @@ def captions(num_scenes: int, threads: int | None) -> tuple[list[Result], np.nda
 
 
 def measure(num_scenes: int = NUM_SCENES, threads: int | None = None) -> dict[str, Any]:
-    """Return calibration error and AUROC on the half that was held out, and what abstention costs."""
+    """Return calibration error and AUROC on the held-out half, and the cost of abstention."""
     results, right, kinds = captions(num_scenes, threads)
     is_fitted = np.arange(num_scenes) % 2 == 0
     texts = [(float(result.logprob or 0.0), len(result.token_ids)) for result in results]
@@ -93,7 +93,7 @@ def figures(confidence: np.ndarray, is_right: np.ndarray) -> dict[str, float]:
 def abstention(
     confidence: np.ndarray, is_right: np.ndarray, limits: Sequence[float]
 ) -> Mapping[str, Mapping[str, float]]:
-    """Return how many captions a limit keeps, and how many of these are right."""
+    """Return how many captions a limit keeps, and how many of them are right."""
     kept = {f"{limit:g}": confidence >= limit for limit in limits}
     return {
         limit: {"kept": float(is_kept.mean()), "accuracy": float(is_right[is_kept].mean())}

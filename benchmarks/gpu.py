@@ -29,7 +29,7 @@ from blip2_actor.quantization.row_scaled import FP8
 from blip2_actor.testing import save_random_checkpoint
 
 ENCODED, DECODED = 64 * 257, 512
-"""Rows of a product: 64 images of 257 tokens; 512 texts."""
+"""Rows of a product: 64 images of 257 tokens, or 512 texts."""
 SHAPES = {
     "vision qkv": (ENCODED, 4224, 1408),
     "vision projection": (ENCODED, 1408, 1408),
@@ -66,7 +66,7 @@ def main() -> None:
             device="cuda",
             dtype="bfloat16",
             quantize=arguments.quantize,
-            skip_self_test=True,  # random weights of T5 follow every rounding
+            skip_self_test=True,  # random weights of T5 change with every rounding
         )
         found |= _profile(config, arguments.images, arguments.num_beams)
     report(found, arguments.output)
@@ -107,7 +107,7 @@ def _products(rows: int, channels: int, width: int) -> dict[str, Callable[[], An
 
 
 def _seconds(work: Callable[[], Any], times: int = 10) -> float:
-    """Return the median of three rounds, on the clock of the device, after a round that does not count."""
+    """Return the median of three rounds on the device's clock, after an untimed round."""
     rounds = []
     for _ in range(4):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -157,7 +157,7 @@ def _profile(config: EngineConfig, num_images: int, num_beams: int) -> dict[str,
 
 
 def _busy(spans: list[tuple[float, float]]) -> float:
-    """Return the fraction of the time from the first start to the last end in which any span runs."""
+    """Return the fraction of the time between the first start and the last end in which any span runs."""
     busy, reached = 0.0, spans[0][0]
     for start, end in spans:
         busy += max(0.0, end - max(start, reached))

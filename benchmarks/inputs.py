@@ -16,7 +16,7 @@ from blip2_actor.demo.scenes import SceneSampler, draw
 
 SCENE_SIDE_PX = 320
 MAX_LINKS = 50_000
-"""Ext4 takes 65,000 links to one file."""
+"""Ext4 allows 65,000 links to one file."""
 
 
 def write_photographs(folder: Path, count: int) -> Path:

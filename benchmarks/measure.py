@@ -17,7 +17,7 @@ import transformers
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contender in each round."""
+    """Seconds that one contender took in each round."""
 
     seconds: list[float]
 
@@ -31,7 +31,7 @@ class Timing:
         return (max(self.seconds) - min(self.seconds)) / self.median_s
 
     def scaled(self, factor: float) -> Timing:
-        """Return what the same rounds would have taken with `factor` times the work."""
+        """Return the timing of the same rounds with `factor` times the work."""
         return Timing([seconds * factor for seconds in self.seconds])
 
 
@@ -41,16 +41,16 @@ def alternate(
     warm_up: int = 1,
     cpu_s: Callable[[], float] = time.process_time,
 ) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Run all contenders in turn, so that other work on the machine disturbs all of them.
+    """Run all contenders alternately, so that other work on the machine disturbs all of them.
 
     Args:
-        contenders: what to time, by name.
+        contenders: the functions to time, by name.
         rounds: number of timed rounds.
-        warm_up: number of rounds before them, which are not timed.
+        warm_up: number of untimed rounds before them.
         cpu_s: returns the CPU seconds that all contenders have used so far.
 
     Returns:
-        What the rounds took by the clock, and in CPU time.
+        Wall-clock and CPU times of the rounds.
     """
     wall: dict[str, Timing] = {name: Timing([]) for name in contenders}
     cpu: dict[str, Timing] = {name: Timing([]) for name in contenders}
@@ -94,7 +94,7 @@ def product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], None
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine that the figures come from."""
+    """Describe the machine that ran the benchmark."""
     described: dict[str, Any] = {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),

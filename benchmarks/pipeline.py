@@ -121,7 +121,7 @@ def measure_scale(work: Path, sizes: list[int]) -> dict[str, Any]:
 
 
 def measure_resume(work: Path, num_shards: int, num_left: int, rounds: int) -> dict[str, Any]:
-    """Time the start of a job of which only `num_left` of `num_shards` shards are unfinished."""
+    """Time the start of a job that has only `num_left` of `num_shards` shards to finish."""
     shards = write_shards(work, num_shards, RESUME_SHARD_ROWS)
     output = work / "resume"
     settings = CaptionSettings(input=(str(shards),), output=str(output))

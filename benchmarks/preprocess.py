@@ -48,7 +48,7 @@ TO_REACH = {"with decoding": 1.25, "after decoding": 1.45, "draft": 2.0}
 
 
 def photograph(width: int, height: int, seed: int) -> bytes:
-    """Return a JPEG of gradients, waves and sensor noise, about as many bytes as a camera's of that size."""
+    """Return a JPEG of gradients, waves and sensor noise, as large as a camera's of that size."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     gradients = np.stack([x * 255 / width, y * 255 / height, (x + y) * 255 / (width + height)], axis=-1)
@@ -130,7 +130,7 @@ def compare(size: tuple[int, int], num_images: int, rounds: int) -> dict[str, An
 
 
 def small_images(size: tuple[int, int], num_images: int, rounds: int) -> dict[str, Any]:
-    """Measure what a child costs when decoding costs little: small images to the demonstration's size."""
+    """Measure the cost of a decoding process where decoding costs little: small images, the demo's size."""
     files = [photograph(*size, seed % 20) for seed in range(num_images)]
     with DecodePool(DEMO_SIZE_PX) as pool:
         contenders: dict[str, Callable[[], Any]] = {
@@ -170,7 +170,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core, for the children too
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core, for the decoding processes too
     torch.set_num_threads(1)
 
     load = os.getloadavg()[0]

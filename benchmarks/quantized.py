@@ -1,9 +1,9 @@
 """Images per second of a quantized engine, over the same engine in float32 and in bfloat16.
 
-The mid-size model of `benchmarks.engine` with random weights, texts of 4 to 30 forced tokens. Each side has a
-process of its own, and the sides run in turn. CPU time is compared, because other work on the machine hardly
-changes it; the time by the clock stands next to it. The reference is transformers' `generate` in float32, 32
-images at a time; it runs in the same rounds, unless it is left out.
+The mid-size model of `benchmarks.engine` with random weights, texts of 4 to 30 forced tokens. Each side has
+its own process, and the sides alternate. CPU time is compared, because other work on the machine hardly
+changes it; wall-clock time is shown next to it. The reference is transformers' `generate` in float32, 32
+images at a time; it runs in the same rounds, unless it is skipped.
 
 Products of bytes depend on the CPU's instructions. Three variables limit all sides to older ones: oneDNN,
 torch's own kernels, and MKL, with which transformers multiplies.
@@ -41,7 +41,7 @@ from blip2_actor.testing import save_random_checkpoint
 
 REFERENCE, OVER = "reference float32", " over "
 REFERENCE_BATCH = 32
-"""Its best size of 16, 32 and 64 (`results/engine_cpu.json`)."""
+"""The best of 16, 32 and 64 (`results/engine_cpu.json`)."""
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def _measure(sides: dict[str, Contender], num_images: int, rounds: int) -> dict[str, Any]:
-    """Time all sides in turn, the first round left out."""
+    """Time all sides alternately, without the first round."""
     processes = [psutil.Process(side.pid) for side in sides.values()]
     contenders = {
         name: partial(side.call, "run", *([REFERENCE_BATCH] if name == REFERENCE else []))

@@ -1,8 +1,8 @@
 """Time and memory of the commands that read an output, by its number of rows.
 
 Writes finished runs without Ray and without a model: tars of small images, and rows with drawn captions. A
-second run over the same images has other captions in a tenth of its rows. Then each command runs in a
-process of its own. On a machine with other work only the CPU seconds and the memory mean something.
+second run over the same images has other captions in a tenth of its rows. Then each command runs in its own
+process. On a machine with other work, only the CPU seconds and the memory are meaningful.
 
     python -m benchmarks.reading --rows 0 1 28 1000000
 """
@@ -41,7 +41,7 @@ from pipeline.storage.folder import Folder
 
 ROWS_PER_SHARD = 10_000
 NUM_IMAGES = 64
-"""Different images; the rows take them in turn."""
+"""Number of different images, which the rows repeat."""
 SCHEMA = output_schema()
 COMMANDS = {
     "report": ("report", "A", "--html", "report.html"),
@@ -54,7 +54,7 @@ COMMANDS = {
     "webdataset": ("export", "A", "--to", "webdataset", "--into", "webdataset"),
     "imagefolder": ("export", "A", "--to", "imagefolder", "--into", "imagefolder"),
 }
-"""What is measured, by name; A and B are outputs."""
+"""The measured commands, by name; A and B are outputs."""
 RUN_AND_SAY_PEAK = """
 import re, sys
 from pathlib import Path
@@ -64,11 +64,11 @@ peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
 Path(sys.argv[1]).write_text(peak[1])
 sys.exit(status)
 """
-"""Runs a command and stores its peak in KiB; `os.wait4` would count the memory of the parent too."""
+"""Runs a command and stores its peak in KiB; `os.wait4` would include the memory of the parent."""
 
 
 def write_runs(folder: Path, num_rows: int) -> Path:
-    """Write the tars and both runs, unless they are there; return their folder."""
+    """Write the tars and both runs, unless they exist; return their folder."""
     place = folder / f"rows-{num_rows}"
     if (place / "done").exists():
         return place
@@ -139,7 +139,7 @@ def _write_run(source: Path, output: Path, num_rows: int, pictures: list[bytes],
 
 
 def measure(name: str, runs: Path) -> dict[str, float]:
-    """Run a command in a process of its own, in a new folder."""
+    """Run a command in its own process, in a new folder."""
     with tempfile.TemporaryDirectory(prefix="made-", dir=runs) as made:
         words = [str(runs / word) if word in ("A", "B") else word for word in COMMANDS[name]]
         peak = Path(made, "peak")

@@ -1,7 +1,7 @@
 """Where a small `blip2 caption` spends its time: seconds of CPU by process, and when each phase ends.
 
-The command runs on demonstration images in processes of its own. On a machine with other work only the CPU
-seconds mean something.
+The command runs on demonstration images in its own processes. On a machine with other work only the CPU
+seconds are meaningful.
 
     python -m benchmarks.startup --images 40
 """
@@ -30,25 +30,25 @@ from pipeline.storage.folder import Folder
 FLAGS = ("--model", "demo", "--max-failed-fraction", "1")
 """Some demonstration images are broken on purpose."""
 LOOK_EVERY_S = 0.05
-"""A process that ends is missed for at most this time."""
+"""The interval of sampling: a process that ends is missed for at most this time."""
 
 
 @dataclass(frozen=True)
 class Used:
-    """What a process of the command has used."""
+    """The resources that a process of the command has used."""
 
     cpu_s: float
     started_s: float
-    """Since the epoch."""
+    """Seconds since the epoch."""
 
 
 def look(root: psutil.Process) -> dict[int, tuple[str, Used]]:
-    """Return what the command and all its descendants have used, by process id."""
+    """Return the resources that the command and all its descendants have used, by process id."""
     return of_family(root, lambda process: Used(cpu_s(process), process.create_time()))
 
 
 def by_name(seen: Collection[tuple[str, Used]]) -> dict[str, dict[str, float]]:
-    """Return number, CPU seconds and first start of the processes of each name, the largest first."""
+    """Return the number, CPU seconds and first start of the processes of each name, the largest first."""
     began_s = min(used.started_s for _, used in seen)
     found: dict[str, list[Used]] = defaultdict(list)
     for name, used in seen:
@@ -70,7 +70,7 @@ def measure(work: Path, num_images: int, command: list[str]) -> dict[str, Any]:
     Args:
         work: folder for the images and the captions.
         num_images: demonstration images, in one tar and one Parquet file.
-        command: what `blip2` is, as words.
+        command: the words that stand for `blip2`.
     """
     write_demo_dataset(work, num_images=num_images, num_tars=1)
     output = work / "captions"

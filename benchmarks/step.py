@@ -1,4 +1,4 @@
-"""What the scheduler itself costs: time in `step()` outside the model and outside token selection.
+"""The scheduler's own cost: time in `step()` outside the model and outside token selection.
 
 The demonstration checkpoint with 64 slots; texts have 4 to 30 forced tokens, so that slots change owners all
 the time.
@@ -29,7 +29,7 @@ NUM_IMAGES = 1024
 class Stopwatch:
     """Adds up the time inside wrapped functions, in the engine's own thread.
 
-    The thread that encodes next to it costs no step.
+    The encoding thread next to it adds nothing to a step.
     """
 
     def __init__(self) -> None:

@@ -1,1 +1,1 @@
-"""Short programs that show one use each; run them from the repository: `python -m examples.NAME --help`."""
+"""Short programs, one use each; run them from the repository: `python -m examples.NAME --help`."""

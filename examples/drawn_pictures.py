@@ -14,7 +14,7 @@ SIZE_PX = 128
 def draw_pictures(folder: Path, num_pictures: int) -> dict[str, str]:
     """Write `scene-0000.png`, … to a folder, and return the true caption of each file.
 
-    A picture that is there stays as it is, because a run refuses an input that has been written again.
+    An existing picture is not rewritten, because a run refuses an input that has changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scenes = SceneSampler("held_out", seed=0).sample(num_pictures)

@@ -49,7 +49,7 @@ def write_demonstration(folder: Path) -> str:
 
 
 def image_folder(path: str) -> Path:
-    """Return the folder that an argument names; argparse shows the error."""
+    """Return the folder that an argument names; argparse reports the error."""
     if not Path(path).is_dir():
         raise argparse.ArgumentTypeError(f"must be a folder of images, got {path}")
     return Path(path)

@@ -26,7 +26,7 @@ FORMATS = ("label-studio", "fiftyone")
 
 
 def rows(output: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of an output in constant memory; files and folders that begin with _ are no rows."""
+    """Yield the rows of an output in constant memory; files and folders that begin with _ have no rows."""
     for batch in ds.dataset(output, format="parquet").to_batches(columns=COLUMNS):
         yield from batch.to_pylist()
 

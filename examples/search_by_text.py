@@ -27,7 +27,7 @@ def search(folder: Path, model: str, text: str) -> list[tuple[float, str]]:
         query = engine.text_embeddings([text])[0]
     if query.vectors is None:
         raise ValueError(f"the text cannot be embedded: {query.error}")
-    # An image has a vector for each query of the Q-Former, and a text has one; the best pair counts.
+    # An image has one vector per query of the Q-Former, and a text has one; the best pair counts.
     found = [
         (float(np.max(image.vectors @ query.vectors.T)), file.name)
         for image, file in zip(images, files, strict=True)

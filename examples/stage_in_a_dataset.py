@@ -24,12 +24,12 @@ from examples.drawn_pictures import draw_pictures
 
 
 def add_number_of_words(row: dict[str, Any]) -> dict[str, Any]:
-    """A stage of your own, after the captions."""
+    """Stand for a stage of your own, after the captions."""
     return {**row, "num_words": len(row["caption"].split())}
 
 
 def caption_dataset(pictures: str, output: str, model: str) -> int:
-    """Caption a folder, drop what could not be captioned, and return the number of rows written."""
+    """Caption a folder, drop the rows that failed, and return the number of rows written."""
     # Workers may run in another working directory.
     pictures, output = os.path.abspath(pictures), os.path.abspath(output)
     files = ray.data.read_binary_files(pictures, include_paths=True)

@@ -29,7 +29,7 @@ BATCH_ROWS = 64
 
 
 def with_captions(data: datasets.Dataset, engine: Engine, image_column: str = "image") -> datasets.Dataset:
-    """Return a data set with the columns caption, logprob and status next to its own."""
+    """Return a data set with the columns caption, logprob and status in addition to its own."""
 
     def caption(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         results = engine.generate(batch[image_column], max_new_tokens=30)
@@ -39,7 +39,7 @@ def with_captions(data: datasets.Dataset, engine: Engine, image_column: str = "i
             "status": [str(result.status) for result in results],
         }
 
-    # A fingerprint of its own: the captions of another model must not be taken from the cache for these.
+    # A separate fingerprint: the cached captions of another model must not be reused for these.
     return data.map(caption, batched=True, batch_size=BATCH_ROWS, new_fingerprint=uuid.uuid4().hex)
 
 
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         data = datasets.load_dataset(name, split=given.split)
         with EngineConfig(model=given.model).build() as engine:
             captioned = with_captions(data, engine, given.image_column)
-        # The images themselves go into the file, and not only their paths; push_to_hub does so by itself.
+        # Store the images themselves, not only their paths; push_to_hub does so by itself.
         embedded = captioned.with_format("arrow").map(
             embed_table_storage, batched=True, new_fingerprint=uuid.uuid4().hex
         )

@@ -1,7 +1,7 @@
-"""The fenced blocks of the README and of the pages, and which of them tests run as they stand there.
+"""The fenced blocks of the README and the pages, and which of them tests run unchanged.
 
-A comment in front of a block says where it runs: `<!-- run -->` in a folder with `picture.png`,
-`<!-- run: captions -->` in the folder in which the README's commands have run, `<!-- run: endpoint -->` next
+A comment before a block says where it runs: `<!-- run -->` in a folder with `picture.png`,
+`<!-- run: captions -->` in the folder where the README's commands have run, `<!-- run: endpoint -->` next
 to an endpoint, in a folder with `photo.jpg`, `one.jpg` and `two.jpg`.
 """
 
@@ -33,7 +33,7 @@ class Block:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The words of each command, which may go on in the next line."""
+        """The words of each command; commands may continue on the next line."""
         lines = self.text.replace("\\\n", " ").splitlines()
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 

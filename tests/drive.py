@@ -1,4 +1,4 @@
-"""Run the caption command with a fake engine, in a process of its own that tests can kill.
+"""Run the caption command with a fake engine, in a separate process that tests can kill.
 
 python -m tests.drive '{"settings": {...}, "engine": {...}}'
 """

@@ -1,4 +1,4 @@
-"""Engines of tests: in float32 on a CPU, where tokens are exact."""
+"""Engines for tests: in float32 on a CPU, where tokens are exact."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import socket
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that are free, and that no connection or worker of Ray gets by itself meanwhile.
+    """Return ports that are free, and that no connection or Ray worker is given in the meantime.
 
     They lie between those that Ray gives its workers and those that Linux gives connections.
     """
@@ -24,5 +24,5 @@ def free_ports(count: int) -> list[int]:
 
 
 def free_port() -> int:
-    """As `free_ports`."""
+    """Return one port of `free_ports`."""
     return free_ports(1)[0]

@@ -1,4 +1,4 @@
-"""Names and listening ports of the processes under one. Processes that end meanwhile are left out."""
+"""Names and listening ports of a process's descendants. Processes that end meanwhile are left out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def listening_ports(pid: int) -> set[tuple[str, int]]:
 def titled_descendants(pid: int | None = None) -> Iterator[tuple[str, psutil.Process]]:
     """Yield the title and the process of each descendant of a process, or of this one.
 
-    The kernel cuts names off, but not titles, which is what Ray gives its workers.
+    The kernel truncates names but not titles, and Ray sets the titles of its workers.
     """
     for process in psutil.Process(pid).children(recursive=True):
         try:
@@ -45,7 +45,7 @@ def descendant(part: str, pid: int | None = None) -> psutil.Process:
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether only this machine reaches an address."""
+    """Return whether only this machine can reach an address."""
     ip = ip_address(address)
     if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
         ip = ip.ipv4_mapped

@@ -1,4 +1,4 @@
-"""A Ray of one machine with a small object store, for tests that need nothing else of it."""
+"""A Ray of one machine with a small object store, for tests that need no more than that."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def small_ray(num_cpus: int) -> Iterator[None]:
-    """Start Ray, with the environment as it is now; end it after the block."""
+    """Start Ray in the current environment; end it after the block."""
     import ray
 
     ray.init(

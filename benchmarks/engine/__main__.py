@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _run(name: str, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Measure one case, and write the results again each time that a figure is known."""
+    """Measure one case, and rewrite the results whenever a figure is known."""
     case = CASES[name]
     if arguments.reference_batches is not None:
         case = replace(case, reference_batches=arguments.reference_batches)

@@ -29,10 +29,10 @@ class Case:
     reference_batches: Sequence[int] = (8, 16, 32)
     """Batch sizes of the reference; an empty sequence leaves the reference out."""
     reference_images: int | None = None
-    """Images of the reference, which is timed by the image, if it is too slow for all of them."""
+    """Number of images for the reference, timed per image, if it is too slow for all of them."""
     max_slots: int | None = None
     skip_self_test: bool = False
-    """For random weights whose logits follow every rounding: attention scores of T5 are not divided by the
+    """For random weights whose logits change with every rounding: T5 does not divide attention scores by the
     root of the width, so those of random weights are large."""
     rounds: int = 3
     limit: float | None = None
@@ -43,14 +43,14 @@ class Case:
     """A batch size that users choose, and the ratio to reach over the reference at that size."""
     images_per_s_to_reach: float | None = None
     images_per_s_limit: float | None = None
-    """The highest rate that is possible on one H200, by arithmetic."""
+    """The highest possible rate on one H200, by arithmetic."""
 
 
 QUESTIONS = tuple(
     f"Question: what is {thing}? Answer:" for thing in ("this", "on the left", "behind", "its colour")
 )
 STEADY: dict[str, Any] = {"num_images": 64, "reference_batches": (16, 32, 64)}
-"""Enough images that the start and the end of a run are a small part of it."""
+"""Enough images that the start and end are a small part of a run."""
 TWENTY_TOKENS = (20, 20)
 
 CASES = {
@@ -128,7 +128,7 @@ CASES = {
 
 _ON_GPU = ("opt-2.7b", "opt-2.7b-beams", "flan-t5-xl")
 DEFAULT_CASES = {"cpu": tuple(name for name in CASES if name not in _ON_GPU), "cuda": _ON_GPU}
-"""The cases that run on each type of device if none is named."""
+"""The cases that run by default on each type of device."""
 MAX_VISION_IMAGES = {"cpu": 32, "cuda": 256}
-"""Images for the vision encoder alone. On a GPU a multiple of its batch: if the encoders are compiled,
-every other size would be too."""
+"""Number of images for the vision encoder alone. On a GPU it is a multiple of the batch: compiled encoders
+would otherwise compile for other sizes too."""

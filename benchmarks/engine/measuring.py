@@ -1,4 +1,4 @@
-"""Measure one case of the engine's benchmark, and pass on each figure as soon as it is known."""
+"""Measure one case of the engine's benchmark, and report each figure as soon as it is known."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _measure_generation(case: Case, config: EngineConfig, num_images: int, round
         keep(_figures(timings, num_images))
 
     engine = Contender(EngineSide, config, work, case.num_beams, threads=config.num_threads)
-    tokens = engine.call("run")  # which also warms the engine up
+    tokens = engine.call("run")  # also warms the engine up
     keep({"first_caption_s": engine.call("first_caption_s"), "agreement": None})
     ours = {"engine": lambda: engine.call("run")}
     takes_turns = torch.device(config.device).type == "cpu" and bool(case.reference_batches)
@@ -152,7 +152,7 @@ def _start_reference(case: Case, config: EngineConfig, work: Work) -> Contender:
 
 
 def _figures(timings: dict[str, Timing], num_images: int) -> dict[str, Any]:
-    """Return what follows from the timings so far; the engine is one of them."""
+    """Return the figures that follow from the timings so far, which include the engine's."""
     names = [name for name in timings if name != "engine"]
     best = min(names, key=lambda name: timings[name].median_s, default=None)
     return {

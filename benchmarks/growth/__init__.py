@@ -1,1 +1,1 @@
-"""The case for a hundred thousand shards, for a store that bills each request, and for one huge tar."""
+"""How the batch job copes with a hundred thousand shards, a store that bills requests, and one huge tar."""

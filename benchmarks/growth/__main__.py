@@ -1,4 +1,4 @@
-"""How the batch job grows with its shards and with the size of one, with an engine that costs nothing.
+"""How the batch job's cost grows with its shards and with the size of one, with an engine that costs nothing.
 
 shards       1,000 to 100,000 shards of 10 rows: seconds from the command to the first rows of a new run, and
              of a resume with 100 shards to do; the driver's memory; seconds of `blip2 status`. The finished
@@ -48,7 +48,7 @@ NUM_COUNTED_ROWS = 20_000
 
 
 def measure_shards(work: Path, sizes: list[int]) -> dict[str, Any]:
-    """Time what a driver does for every shard: the start of a run, a resume, and `blip2 status`."""
+    """Time the driver's work for all shards: the start of a run, a resume, and `blip2 status`."""
     runs = {}
     for num_shards in sizes:
         shards = write_shards(work, num_shards, SHARD_ROWS)
@@ -98,7 +98,7 @@ def measure_books(work: Path, sizes: list[int]) -> dict[str, Any]:
 
 
 def measure_folder(work: Path, sizes: list[int]) -> dict[str, Any]:
-    """Note what the memory of a driver grows to for a folder of images, and what it would for 10^8."""
+    """Measure a driver's memory for a folder of images, and extrapolate it to 10^8."""
     runs: dict[str, Any] = {}
     for naming in NAMINGS:
         sides: dict[str, dict[int, float]] = {"begin": {}, "resume": {}}
@@ -119,7 +119,7 @@ def measure_folder(work: Path, sizes: list[int]) -> dict[str, Any]:
 
 
 def _by_image(grown_mib: dict[int, float]) -> dict[str, Any]:
-    """Add to growths of memory, by number of images, the bytes of each image and the growth for 10^8."""
+    """Add the bytes per image and the growth for 10^8 images to the memory growth by number of images."""
     least, most = min(grown_mib), max(grown_mib)
     each_mib = (grown_mib[most] - grown_mib[least]) / max(1, most - least)
     return {
@@ -130,7 +130,7 @@ def _by_image(grown_mib: dict[int, float]) -> dict[str, Any]:
 
 
 def finish_by_stand_ins(settings: CaptionSettings) -> None:
-    """Give all shards of a run but the last ones a file: that of one shard, with the same number of rows."""
+    """Give all shards of a run except the last ones the output of one shard with the same number of rows."""
     ledger = Ledger(Folder(settings.output))
     run = ledger.require_run()
     ledger.folder.erase(FRAGMENTS)
@@ -154,7 +154,7 @@ def finish_by_stand_ins(settings: CaptionSettings) -> None:
 
 
 def measure_requests(work: Path) -> dict[str, Any]:
-    """Count the fragments and the requests of jobs whose output is in a store."""
+    """Count the fragments and requests of jobs whose output is in a store."""
     store = Contender(CountingStore, REQUEST_S)
     runs = {}
     for num_rows, seconds_per_image in product((1000, 10_000), (0.0, 1 / 400)):
@@ -183,7 +183,7 @@ def measure_requests(work: Path) -> dict[str, Any]:
 
 
 def measure_large_tar(work: Path, sizes_gb: list[float]) -> dict[str, Any]:
-    """Caption one large tar, and note what the memory of each process grows to."""
+    """Caption one large tar, and record the peak memory of each process."""
     runs = {}
     for size_gb in sizes_gb:
         server = TarServer(GeneratedTar(int(size_gb * 1e9)))

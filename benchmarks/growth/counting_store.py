@@ -1,4 +1,4 @@
-"""An S3 server in memory that answers late and counts what it is asked for."""
+"""An in-memory S3 server that answers late and counts its requests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CountingStore:
     def take_counts(self) -> dict[str, int]:
         """Return the number of requests of each kind since the last call.
 
-        Kinds are a method and what it is about: a fragment, the other files of a shard, or the run.
+        A kind is a method and its subject: a fragment, another file of a shard, or the run.
         """
         counts, self._counts = self._counts, Counter()
         return dict(sorted(counts.items()))

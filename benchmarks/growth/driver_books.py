@@ -1,4 +1,4 @@
-"""What a driver does for every shard before the first row is read, without Ray and without a model."""
+"""The driver's work for every shard before the first row is read, without Ray and without a model."""
 
 # ruff: noqa: E402 -- Ray reads its environment when it is imported, which most of these imports do.
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.storage.folder import Folder
 
 
 class DriverBooks:
-    """Do each part once, and note its seconds of wall-clock and of CPU time."""
+    """Do each part once, and record its wall-clock and CPU seconds."""
 
     def __init__(self) -> None:
         self._parts: dict[str, dict[str, float]] = {}
@@ -63,7 +63,7 @@ class DriverBooks:
             RunStatus.read(output).lines()
 
     def parts(self) -> dict[str, dict[str, float]]:
-        """Return what each part took."""
+        """Return the seconds of each part."""
         return self._parts
 
     def peak_mib(self) -> float:

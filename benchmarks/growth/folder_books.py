@@ -1,4 +1,4 @@
-"""What a driver does for a folder of many images, whose names are made up when the folder is listed."""
+"""The driver's work for a folder of many images, whose names are made up when the folder is listed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.growth.driver_books import DriverBooks
 
 NAMINGS = ("numbered", "random")
 STRIDE = 7_368_787
-"""A prime: its multiples reach every number below a power of ten once, in no order, as a disk lists them."""
+"""A prime: its multiples reach every number below a power of ten once, unordered, as a disk lists them."""
 
 
 class FolderBooks(DriverBooks):
-    """The books of a driver in a process in which one folder seems to hold many images.
+    """The work of a driver in a process in which one folder seems to hold many images.
 
     Args:
         folder: an empty folder on the disk.

@@ -1,4 +1,4 @@
-"""A web server with one tar of any size, whose bytes are made when they are asked for: it needs no disk.
+"""A web server with one tar of any size, whose bytes are generated on request: it needs no disk.
 
 python -m benchmarks.growth.generated_tar 10_000_000_000     # prints the URL, serves until its input ends
 """
@@ -24,16 +24,16 @@ END = bytes(2 * tarfile.BLOCKSIZE)
 
 
 class GeneratedTar:
-    """The bytes of a tar whose members are a few JPEGs again and again, under ever new names.
+    """The bytes of a tar whose members are a few JPEGs repeated under new names.
 
     Args:
-        num_bytes: the least size of the tar; it ends with a whole member.
+        num_bytes: the minimum size of the tar; it ends with a whole member.
     """
 
     def __init__(self, num_bytes: int) -> None:
         self._pictures = [_jpeg(seed) for seed in range(NUM_PICTURES)]
         self._starts = [0, *accumulate(tarfile.BLOCKSIZE + len(_padded(p)) for p in self._pictures)]
-        """Where each member begins within a round of all pictures, and where the next round begins."""
+        """The start of each member within a round of all pictures, and the start of the next round."""
         self.num_images = NUM_PICTURES * -(-num_bytes // self._starts[-1])
         self.size = self._start_of(self.num_images) + len(END)
 
@@ -60,7 +60,7 @@ class GeneratedTar:
 
 
 class TarServer(ThreadingHTTPServer):
-    """Serves a generated tar on loopback, whole or in parts, in a thread of its own until it is closed."""
+    """Serves a generated tar on loopback, whole or in ranges, in its own thread until closed."""
 
     daemon_threads = True
 
@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _jpeg(seed: int) -> bytes:
-    """Return a picture that JPEG cannot make small."""
+    """Return a picture that JPEG cannot compress well."""
     content = io.BytesIO()
     noise = np.random.default_rng(seed).integers(0, 256, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
     Image.fromarray(noise).save(content, "JPEG", quality=95, subsampling=0)

@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, folder: Path, scenes: Path) -> None:
-    """Measure all rounds; the result is reported again after each.
+    """Measure all rounds; report the result again after each.
 
     Args:
         folder: the checkpoint of both sides.

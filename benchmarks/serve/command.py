@@ -1,4 +1,4 @@
-"""`blip2 serve` as a process of its own, as a user starts it."""
+"""`blip2 serve` in its own process, as a user starts it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from benchmarks.serve.processes import cpu_s_by_name, pss_bytes_by_name
 
 READY_WITHIN_S = 120.0
 SETTLED_AFTER_S = 10.0
-"""Seconds after the start during which processes still give memory back and import what comes later."""
+"""Seconds after the start in which processes still release memory and import modules."""
 
 
 def _free_port() -> int:
-    """Return a port that is free and that no connection or process of Ray gets by itself meanwhile."""
+    """Return a free port that no connection or Ray process is given in the meantime."""
     for port in range(20_000 + os.getpid() % 10_000, 32_768):
         try:
             socket.create_server(("127.0.0.1", port)).close()
@@ -34,7 +34,7 @@ def _free_port() -> int:
 
 
 class ServeCommand:
-    """A running endpoint on a free port of this machine, which keeps no answers."""
+    """A running endpoint on a free port of this machine, without cached answers."""
 
     def __init__(self, flags: Sequence[str]) -> None:
         """Start it and wait until it is ready.
@@ -67,15 +67,15 @@ class ServeCommand:
             return False
 
     def start(self) -> dict[str, Any]:
-        """Return the time of the start, and the CPU time that it has taken by process."""
+        """Return the time of the start, and its CPU time by process."""
         used = cpu_s_by_name(self.process)
         return {"ready_s": self.ready_s, "cpu_s": sum(used.values()), "cpu_s_by_process": _largest(used)}
 
     def at_rest(self, seconds: float) -> dict[str, Any]:
-        """Return the memory of all processes, and the CPU time that they use while nobody asks.
+        """Return the memory of all processes, and the CPU time that they use while idle.
 
         Returns:
-            MiB by process, and milliseconds of CPU time for each second.
+            MiB by process, and milliseconds of CPU time per second.
         """
         time.sleep(SETTLED_AFTER_S)
         before = cpu_s_by_name(self.process)
@@ -98,6 +98,6 @@ class ServeCommand:
 
 
 def _largest(figures: dict[str, float]) -> dict[str, float]:
-    """Return the figures above nothing, the largest first."""
+    """Return the figures above zero, the largest first."""
     rows = sorted(figures.items(), key=lambda row: -row[1])
     return {name: round(figure, 2) for name, figure in rows if figure >= 0.005}

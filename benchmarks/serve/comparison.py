@@ -18,7 +18,7 @@ from blip2_actor import EngineConfig, GenerationOptions
 from pipeline import set_ray_environment
 
 OFFERED = 0.8
-"""Rate of arrivals, as a fraction of the rate at which `@serve.batch` is saturated."""
+"""Rate of arrivals, as a fraction of the rate that saturates `@serve.batch`."""
 ROUTE = "/v1/caption"
 ENDPOINT = "endpoint"
 
@@ -30,7 +30,7 @@ def make_serve_batch(config: EngineConfig, options: GenerationOptions, is_passiv
     """Deploy `@serve.batch` from a contender's process, with the defaults of Ray and torch.
 
     Args:
-        is_passive: have the threads of the model wait without spinning, as the endpoint does.
+        is_passive: make the model's threads wait without spinning, as the endpoint does.
     """
     set_ray_environment()  # before Ray is imported
     if is_passive:
@@ -69,7 +69,7 @@ class Comparison:
         self._is_passive = is_passive
 
     def begin_round(self, config: EngineConfig, options: GenerationOptions) -> None:
-        """Measure `@serve.batch`, at every load with every batch size that may pay."""
+        """Measure `@serve.batch`, at every load with every batch size that may be best."""
         runs: Runs = {}
         side = Contender(make_serve_batch, config, options, self._is_passive)
         url = side.call("url")
@@ -115,7 +115,7 @@ class Comparison:
 
 
 def with_cpu_ms(root: psutil.Process, offer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures of a load, with the milliseconds of CPU time of each part for each answer."""
+    """Return the figures of a load, with each part's milliseconds of CPU time per answer."""
     before = cpu_s_by_part(root)
     run = offer()
     for part, used_s in cpu_s_by_part(root).items():
@@ -129,9 +129,9 @@ def show(title: str, run: dict[str, Any]) -> None:
 
 
 def compare(rounds: Sequence[Runs], load: str) -> dict[str, Any]:
-    """Return the medians of the rounds, and the endpoint over the best `@serve.batch`.
+    """Return the medians of the rounds, and the ratio of the endpoint to the best `@serve.batch`.
 
-    The second is the median of the ratio of each round.
+    The ratio is the median of each round's ratio.
     """
     sides: dict[str, dict[str, Any]] = {}
     for name in rounds[0][load]:

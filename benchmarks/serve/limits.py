@@ -1,4 +1,4 @@
-"""What one endpoint can do at most: its first piece of text, its refusals, and its path without a model."""
+"""The limits of one endpoint: its first piece of text, its refusals, and its path without a model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from benchmarks.sides.contender import Contender
 
 SATURATING = Load(callers=64)
 OVERLOAD = 5
-"""Arrivals, as a multiple of the rate at which the endpoint is saturated."""
+"""Arrivals, as a multiple of the saturating rate."""
 STREAMING_SHARE = 0.5
 """Arrivals while the first piece is timed, as a fraction of the saturating rate."""
 IMAGE_SIZE_PX = 64
-"""What the demonstration checkpoint takes."""
+"""Side of the images of the demonstration checkpoint."""
 
 
 def measure_streaming(command: ServeCommand, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
-    """Time the first piece of texts that come in pieces, at half of the saturating rate."""
+    """Time the first piece of streamed texts, at half of the saturating rate."""
     url = command.url + ROUTE
     saturated = SATURATING.offer(url, images, seconds / 2, STREAM)
     run = Load(per_s=STREAMING_SHARE * saturated["per_s"]).offer(url, images, seconds, STREAM)
@@ -36,7 +36,7 @@ def measure_streaming(command: ServeCommand, images: Sequence[bytes], seconds: f
 
 
 def measure_overload(command: ServeCommand, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
-    """Offer five times what the endpoint can do; return what it answered and refused, and its readiness."""
+    """Offer five times what the endpoint can serve; return its answers, refusals and readiness."""
     url = command.url + ROUTE
     saturated = SATURATING.offer(url, images, seconds / 8)
     before = sum(pss_bytes_by_name(command.process).values())
@@ -76,7 +76,7 @@ def measure_overload(command: ServeCommand, images: Sequence[bytes], seconds: fl
 
 
 def measure_without_model(images: Sequence[bytes], seconds: float) -> dict[str, Any]:
-    """Measure the path with an engine that computes nothing: requests/s for each second of CPU time."""
+    """Measure the path with an engine that computes nothing: requests per second of CPU time."""
     side = Contender(make_endpoint_without_model, IMAGE_SIZE_PX)
     try:
         root = psutil.Process(side.pid)

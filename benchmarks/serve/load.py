@@ -1,4 +1,4 @@
-"""Offer a load of images to an address, and measure the answers; knows neither Ray nor the model.
+"""Send a load of images to an address, and measure the answers; knows neither Ray nor the model.
 
 There are two kinds of load. In a closed loop each caller waits for its answer before it asks again. At a
 fixed rate arrivals wait for nobody, and a latency counts from the arrival, so that a slow server cannot hide
@@ -22,9 +22,9 @@ import numpy as np
 
 MIN_REQUESTS_PER_CALLER = 4
 STREAM = {"stream": "true"}
-"""Fields of a form that asks for the text in pieces."""
+"""Form fields that ask for the text in pieces."""
 TIMEOUT_S = 120.0
-"""How long a caller waits for an answer: twice the endpoint's own limit."""
+"""Seconds that a caller waits for an answer: twice the endpoint's own limit."""
 BOUNDARY = "image"
 
 
@@ -42,12 +42,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Load:
-    """A closed loop of callers, or arrivals at a rate; see the module."""
+    """A closed loop of callers, or arrivals at a rate; see the module docstring."""
 
     callers: int = 0
     """Number of callers in the closed loop; 0 means arrivals."""
     per_s: float = 0.0
-    """Mean rate of arrivals; the gaps are exponential, with a seed."""
+    """Mean rate of arrivals; the gaps are exponential and seeded."""
 
     def __str__(self) -> str:
         return f"{self.callers} callers" if self.callers else f"{self.per_s:.3g}/s offered"

@@ -1,4 +1,4 @@
-"""What the processes of an application use: CPU time by part, and memory."""
+"""The resources of an application's processes: CPU time by part, and memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import psutil
 
 T = TypeVar("T")
 PARTS = {"proxy": "ProxyActor", "gateway": ":Gateway", "model": ":Captioner", "serve_batch": ":ServeBatch"}
-"""The processes of an application, with words from the title that Ray gives them."""
+"""The parts of an application, each with a text in the titles that Ray gives its processes."""
 DECODERS = "decoders"
-"""The children of the gateway."""
+"""The part that consists of the gateway's child processes."""
 
 
 def cpu_s_by_part(root: psutil.Process) -> dict[str, float]:
@@ -68,7 +68,7 @@ def _title(process: psutil.Process) -> str:
 
 
 def _name(process: psutil.Process) -> str:
-    """Return a short name: Ray's own of an actor, else the script or the module that a Python runs."""
+    """Return a short name: Ray's title of an actor, or the script or module that a Python process runs."""
     title = _title(process)
     if title.startswith("ray::"):
         return title.partition("(")[0].strip()

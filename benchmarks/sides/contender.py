@@ -1,4 +1,4 @@
-"""Run each contender in a process of its own, as users do, so that their threads do not disturb each other.
+"""Run each contender in its own process, as users do, so that their threads do not disturb each other.
 
 OpenMP keeps a pool of threads for each thread that computes. If the pools together have more threads than the
 machine has cores, they sleep between two operations. Two contenders in one process would both be slower.
@@ -45,7 +45,7 @@ class Contender:
         return self._receive()
 
     def close(self) -> float:
-        """End the process; return its peak memory in GiB, of the GPU if it computed on one."""
+        """End the process; return its peak memory in GiB, on the GPU if it computed on one."""
         peak_memory_gib: float = self.call("")
         self._process.join()
         return peak_memory_gib
@@ -86,7 +86,7 @@ def _peak_memory_gib() -> float:
 
 
 def peak_mib() -> float:
-    """Return the peak memory of this process; that of `getrusage` counts its parent's at the start too."""
+    """Return the peak memory of this process; `getrusage` would include that of its parent at the start."""
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak is not None
     return int(peak[1]) / 2**10

@@ -1,4 +1,4 @@
-"""The engine alone, in one process, without Ray: the rate that the job and the endpoint are compared with."""
+"""The engine alone, in one process without Ray: the rate to which the job and the endpoint are compared."""
 
 from __future__ import annotations
 

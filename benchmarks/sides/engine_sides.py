@@ -1,6 +1,6 @@
 """The two sides of the engine's benchmark, and the vision encoder alone next to a matrix product.
 
-Each object is created in a process of its own (`contender.py`), and its methods return plain values.
+Each object is created in its own process (`contender.py`), and its methods return plain values.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _options(length: int, num_beams: int) -> GenerationOptions:
 
 
 class ReferenceSide:
-    """transformers as its documentation describes it, one batch at a time; its pixel values are ready."""
+    """transformers as its documentation describes it, one batch at a time, with prepared pixel values."""
 
     def __init__(self, folder: Path, dtype: str, device: str, work: Work, num_beams: int) -> None:
         self._device, self._work, self._num_beams = torch.device(device), work, num_beams

@@ -1,4 +1,4 @@
-"""The batch job as a contender: each call is one run on a local Ray of its own, with its costs."""
+"""The batch job as a contender: each call is one run on its own local Ray, including its costs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline import CaptionSettings, Console, ProgressSnapshot, set_ray_environ
 
 
 class ProgressRecorder(Console):
-    """Record the progress instead of printing it."""
+    """Records the progress instead of printing it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class ProgressRecorder(Console):
 
 
 class StopAtFirstRows(ProgressRecorder):
-    """Ask the job to stop as soon as its first rows are finished."""
+    """Asks the job to stop as soon as its first rows are finished."""
 
     def show(self, snapshot: ProgressSnapshot) -> None:
         if snapshot.num_rows and not self.seen:
@@ -68,8 +68,8 @@ class JobSide:
         """Run a job until its first rows.
 
         Returns:
-            Seconds from the command to the first rows, those of CPU time that the driver used until it had
-            ended, and its memory.
+            Seconds from the command to the first rows, the driver's CPU seconds until it ended, and
+            its memory.
         """
         from pipeline import prepare, run_job
         from pipeline.errors import StoppedBySignal
@@ -85,7 +85,7 @@ class JobSide:
         }
 
     def status(self, output: str) -> dict[str, float]:
-        """Return the seconds of wall-clock and of CPU time that the command `blip2 status` takes."""
+        """Return the wall-clock and CPU seconds of the command `blip2 status`."""
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "pipeline", "status", output]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -118,7 +118,7 @@ class JobSide:
         }
 
     def run_watched(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, Any]:
-        """Run a job as `run` does, and add the peak memory of its processes in MiB, by what they do."""
+        """Run a job as `run` does, and add the peak memory of its processes in MiB, by role."""
         with watch_memory() as by_role:
             run = self.run(settings, engine)
         return {**run, "peak_mib": dict(by_role)}

@@ -1,4 +1,4 @@
-"""The peak memory of a job's processes, by what they do."""
+"""The peak memory of a job's processes, by role."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ROLES = ("ReadShard", "DecodeStage", "WriteStage", "Committer", "Coordinator")
 
 @contextmanager
 def watch_memory() -> Iterator[dict[str, int]]:
-    """Look at this process and at those that it has started twice a second, inside a `with` block.
+    """Inspect this process and its descendants twice a second, inside a `with` block.
 
-    Memory is what a process has for itself, without the pages of Ray's object store, which all share.
+    Memory is a process's private memory, without the pages of Ray's object store, which all share.
 
     Yields:
-        Peak MiB by role; of several processes with one role, that of the largest.
+        Peak MiB by role; if several processes share a role, that of the largest.
     """
     peak_mib: dict[str, int] = defaultdict(int)
     ended = threading.Event()

@@ -25,7 +25,7 @@ from deploy.settings import Settings
 
 
 class ServeBatch:
-    """A careful version: the model has a thread of its own, and images are decoded in other threads."""
+    """A careful version: the model has its own thread, and other threads decode images."""
 
     def __init__(self, device: str, *captioner: Any) -> None:
         """Load the model.
@@ -34,7 +34,7 @@ class ServeBatch:
             device: torch device of the model.
             captioner: the arguments of `Captioner`.
         """
-        # One thread loads and computes, because a second one would have OpenMP threads of its own.
+        # One thread loads and computes, because a second one would have its own OpenMP threads.
         self._thread = ThreadPoolExecutor(1)
         self._captioner = self._thread.submit(Captioner, *captioner).result()
         self._captioner.model.to(device)
@@ -56,13 +56,13 @@ class ServeBatch:
 
 
 class LocalServe:
-    """A local Ray with one application, whose driver is this process."""
+    """A local Ray with one application, with this process as its driver."""
 
     def __init__(self, deployment: str, application: serve.Application) -> None:
         """Start Ray and the application.
 
         Args:
-            deployment: whose replica `ask_replica` asks.
+            deployment: the deployment whose replica `ask_replica` asks.
         """
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         ray.init(

@@ -3,7 +3,7 @@
     python -m tests.contracts.installed_wheel dist/*.whl
 
 installs a wheel and runs `blip2 demo` and `blip2 report` with it, as `make wheel` does. The environment
-borrows the packages of the one that runs this, so that nothing is downloaded; the project itself comes from
+borrows the packages of the running one, so that nothing is downloaded; the project itself comes from
 the wheel alone.
 """
 
@@ -51,7 +51,7 @@ def install_wheel(wheel: Path, folder: Path) -> Path:
 
 
 def run_installed(program: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program of the environment with nothing of the source tree in reach."""
+    """Run a program of the environment without access to the source tree."""
     keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     return subprocess.run(
         [str(program), *arguments],

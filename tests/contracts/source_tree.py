@@ -20,7 +20,7 @@ class Module:
 
     @property
     def name(self) -> str:
-        """The dotted name; that of a package for its `__init__.py`."""
+        """The dotted name; for an `__init__.py`, that of its package."""
         return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
     @cached_property
@@ -51,7 +51,7 @@ class Module:
 
     @property
     def defined_names(self) -> set[str]:
-        """Names of the classes, functions, methods and module constants that the file defines."""
+        """The names of the classes, functions, methods and module constants that the file defines."""
         names = {
             node.name
             for node in ast.walk(self.tree)

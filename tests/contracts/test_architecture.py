@@ -1,4 +1,4 @@
-"""The shape of the source: no import circles, small rooms, short functions, documents true to the files."""
+"""The shape of the source: no import circles, few files per folder, short functions, documents that match."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 MAX_ROOM_MODULES = 12
 BIG_ROOMS = {"blip2_actor/models", "blip2_actor/engine", "pipeline/stages"}
-"""One file for each concept of the paper, of the engine, and for each stage."""
+"""Folders with one file per concept of the paper, concept of the engine, or stage."""
 
 THE_ONE_CIRCLE = {
     "blip2_actor/config.py",
@@ -61,14 +61,14 @@ def import_graph(sources: list[Module]) -> dict[str, set[str]]:
 
 
 def _exports(module: Module) -> Iterator[tuple[str, str]]:
-    """The names that an `__init__.py` takes from elsewhere, with the module of each."""
+    """Return the names that an `__init__.py` takes from other modules, with the module of each."""
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from ((alias.asname or alias.name, node.module) for alias in node.names)
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[set[str]]:
-    """The strongly connected components of more than one file (Tarjan's algorithm)."""
+    """Return the strongly connected components of more than one file (Tarjan's algorithm)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -103,7 +103,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 
 def test_lazy_names_are_counted() -> None:
-    """`__getattr__` hides imports from `ast`: each lazy name must also stand under TYPE_CHECKING."""
+    """`__getattr__` hides imports from `ast`, so each lazy name must also appear under TYPE_CHECKING."""
     import blip2_actor
 
     (package,) = [module for module in modules("blip2_actor") if module.name == "blip2_actor"]
@@ -119,7 +119,7 @@ def test_circles_are_found() -> None:
 
 
 def test_no_room_holds_too_many_modules() -> None:
-    """A folder is read at one glance; `__init__.py` is not counted."""
+    """A reader should see a folder at one glance; `__init__.py` is not counted."""
     sources = modules(*PACKAGES, "benchmarks", "tests", "examples")
     rooms = Counter(
         PurePosixPath(module.path).parent.as_posix()
@@ -160,12 +160,12 @@ FILE = re.compile(r"[\w./-]+(?:\.(?:py|md|yaml|toml|json|txt|html)|/)")
 CLASS = re.compile(r"[A-Z][a-z0-9]+\w*|[A-Z]\d?[a-z]\w*")
 FUNCTION = re.compile(r"[a-z_]\w*(?=\(\)$)")
 NOT_OURS = {"Dataset", "Datasource", "Parquet"}
-"""Classes of Ray and others that the documents name."""
+"""Classes of Ray and other packages that the documents name."""
 
 
 @pytest.mark.parametrize("document", ["docs/architecture.md", "docs/glossary.md", "CONTRIBUTING.md"])
 def test_documents_name_files_and_classes_that_exist(document: str) -> None:
-    """What stands in backticks as a file, a folder, a class or a function() must be there.
+    """Every file, folder, class or function() in backticks must exist.
 
     A bare file name counts as found below any folder; names with placeholders (`NAME`, `*`) are skipped.
     """
@@ -181,7 +181,7 @@ def test_documents_name_files_and_classes_that_exist(document: str) -> None:
 
 
 def _exists(name: str) -> bool:
-    if name.startswith(("_blip2/", "/")):  # in an output folder, in a URL
+    if name.startswith(("_blip2/", "/")):  # in an output folder or in a URL
         return True
     if (ROOT / name).exists():
         return True

@@ -1,6 +1,6 @@
-"""The command line is a contract: scripts break when a flag or a default disappears.
+"""The command line is a contract: scripts break when a flag disappears or a default changes.
 
-After an intended change, `python -m tests.contracts.test_cli_frozen` writes tests/contracts/cli.txt again.
+After an intended change, `python -m tests.contracts.test_cli_frozen` rewrites tests/contracts/cli.txt.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tests.integration.inputs import png
 
 FROZEN = Path(__file__).with_name("cli.txt")
 REQUIRED = "--input a --output b --text-column c"
-"""The required flags of any command; a test removes those that its command does not have."""
+"""The flags that any command requires; a test removes those that its command does not have."""
 
 
 @cache
 def commands() -> Mapping[str, Parser]:
-    """Every subcommand with its parser; `serve` has that of the endpoint."""
+    """Return every subcommand with its parser, including the endpoint's for `serve`."""
     [action] = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return cast(dict[str, Parser], action.choices) | {"serve": deploy.command.make_parser()}
 
@@ -55,7 +55,7 @@ def surface() -> Iterator[str]:
 
 
 def flags_of(command: str) -> set[str]:
-    """The present names of the flags of a command, without former names and opposites."""
+    """Return the current flags of a command, without former names and opposites."""
     names = (
         [text for text in action.option_strings if text.startswith("--")]
         for action in commands()[command]._actions
@@ -64,7 +64,7 @@ def flags_of(command: str) -> set[str]:
 
 
 def run_command(arguments: str) -> int:
-    """Return the exit status of a command line, of the endpoint when the first word is `serve`."""
+    """Return the exit status of a command line; `serve` as the first word is the endpoint."""
     words = arguments.split()
     try:
         return deploy.command.main(words[1:]) if words[:1] == ["serve"] else main(words)
@@ -78,7 +78,7 @@ def test_surface_is_frozen():
 
 @pytest.mark.parametrize("module", ["pipeline.cli.main", "deploy.command"])
 def test_help_imports_nothing_heavy(module):
-    """Help that takes ten seconds is not read."""
+    """Nobody reads help that takes ten seconds."""
     code = (
         "import sys\n"
         f"from {module} import main, make_parser\n"
@@ -112,7 +112,7 @@ def test_help_names_flags_and_shows_which_are_required(capsys):
 
 @pytest.mark.parametrize("command", [*COMMANDS, "serve"])
 def test_examples_of_help_are_commands(command, capsys):
-    """Short help of the long commands ends with three of them, and stays on two screens."""
+    """Short help of the long commands ends with three examples, and fits on two screens."""
     assert run_command(f"{command} --help") == 0
     said = capsys.readouterr().out
     examples = re.findall(r"^  blip2 (.+)$", said, re.MULTILINE)
@@ -129,7 +129,7 @@ def test_examples_of_help_are_commands(command, capsys):
 
 @pytest.mark.parametrize("command", ["caption", "embed", "score"])
 def test_a_plan_takes_the_flags_of_its_command(command):
-    """A command line is planned by putting `plan` in front of it."""
+    """Putting `plan` in front of a command line plans it."""
     planned = flags_of("plan" if command == "caption" else f"plan {command}")
     flags = flags_of(command)
     assert planned - flags == {"--sample", "--on-cluster", "--price-per-hour"}
@@ -139,7 +139,7 @@ def test_a_plan_takes_the_flags_of_its_command(command):
 
 
 def test_the_endpoint_takes_the_flags_of_the_engine():
-    """It had six flags of its own: slots, threads and compilation could not be set."""
+    """`serve` used to have six flags of its own: slots, threads and compilation could not be set."""
     flags = set(commands()["serve"]._option_string_actions)
     shared = {flag for flag in flags if flag in commands()["caption"]._option_string_actions}
     assert {"--max-slots", "--num-threads", "--compile", "--device-map", "--num-beams"} <= shared
@@ -180,7 +180,7 @@ def test_the_old_name_of_a_flag_is_still_read():
 @pytest.mark.parametrize("command", [*COMMANDS, "serve"])
 @pytest.mark.parametrize("others", ["", REQUIRED])
 def test_a_wrong_flag_of_any_command_exits_with_3_and_names_the_nearest(command, others, capsys):
-    """Alone it was hidden by "the following arguments are required", and `serve` exited with 2."""
+    """It used to be hidden by "the following arguments are required", and `serve` exited with 2."""
     flags = commands()[command]._option_string_actions
     pairs = zip(*[iter(others.split())] * 2, strict=True)
     others = " ".join(f"{flag} {value}" for flag, value in pairs if flag in flags)
@@ -213,7 +213,7 @@ def test_a_wrong_flag_of_any_command_exits_with_3_and_names_the_nearest(command,
     ],
 )
 def test_a_wrong_command_line_exits_with_3_and_says_what_is_right(arguments, said, capsys):
-    """argparse itself exits with 2, which here means that too many rows failed."""
+    """argparse itself exits with 2, which for these commands means that too many rows failed."""
     assert run_command(arguments) == 3
     assert said in capsys.readouterr().err
 
@@ -257,7 +257,7 @@ def test_settings_of_the_endpoint_that_cannot_work_are_refused(arguments, said, 
 
 
 def test_help_takes_little_time():
-    """In CPU seconds from the start of Python: 0.1 alone, 0.4 if all settings are imported."""
+    """CPU seconds from the start of Python: 0.1 for Python alone, 0.4 if all settings are imported."""
     code = (
         "import sys, time\n"
         "from pipeline.cli.main import main\n"

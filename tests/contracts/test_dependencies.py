@@ -1,4 +1,4 @@
-"""What is imported is declared, under the extra that needs it; what is declared is used."""
+"""Imported packages are declared under the extra that needs them, and declared packages are used."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ USED_WITHOUT_AN_IMPORT = {
     "zensical": "make docs",
 }
 BROUGHT_BY_TORCH = {"triton"}
-"""Packages that torch's builds for GPUs require; what imports them goes without them elsewhere."""
+"""Packages that torch's GPU builds require; code that imports them does without them elsewhere."""
 
 
 @cache
 def declared(*extras: str) -> frozenset[str]:
-    """Distributions that the project and some of its extras name, extras of extras included."""
+    """Return the distributions that the project and some of its extras require, with extras of extras."""
     names: set[str] = set()
     todo = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
     while todo:
@@ -62,7 +62,7 @@ def distributions() -> dict[str, set[str]]:
 
 
 def imported(*folders: str) -> dict[str, str]:
-    """Top-level names of third parties that a folder imports, each with a file that does."""
+    """Return the third-party top-level names that a folder imports, each with a file that imports it."""
     return {
         top: module.path
         for module in modules(*folders)
@@ -93,9 +93,9 @@ def test_every_import_is_declared(folder: str, extras: tuple[str, ...]) -> None:
 
 
 def test_every_declared_dependency_is_used() -> None:
-    """By the packages themselves, or for the extra `dev` by anything in the repository."""
+    """Used by the packages themselves or, for the extra `dev`, by anything in the repository."""
     for extra, folders in (("all", PACKAGES), ("dev", tuple(OURS))):
-        tops = imported(*folders)  # the browser's packages need not be installed where this runs
+        tops = imported(*folders)  # the browser's packages need not be installed here
         used = {name for top in tops for name in distributions().get(top, {canonicalize_name(top)})}
         unused = declared(extra) - (declared("all") if extra == "dev" else set()) - used
         assert unused <= USED_WITHOUT_AN_IMPORT.keys()
@@ -120,7 +120,7 @@ def test_the_installation_explains_every_extra_of_a_user() -> None:
 
 
 def test_the_version_is_written_once() -> None:
-    """In `blip2_actor/version.py`; the changelog, and the files that name the image, follow it."""
+    """`blip2_actor/version.py` holds it; the changelog, and the files that name the image, must agree."""
     assert PROJECT["dynamic"] == ["version"]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{blip2_actor.__version__}]" in changelog

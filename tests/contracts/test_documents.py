@@ -1,4 +1,4 @@
-"""Documents repeat lists and messages of the code; here they are compared with it."""
+"""Lists and messages that documents repeat are compared with the code."""
 
 import json
 import re
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
 NOT_DESCRIBED = {"blip2_actor.__version__", "pipeline.ROW_CONTRACT", "pipeline.SCHEMA_VERSION"}
-"""Constants; docs/python_api.md says nothing about them."""
+"""Constants, which docs/python_api.md does not describe."""
 MAX_LINE_CHARS = 125
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
 def _first_cells(page: str, heading: str) -> list[str]:
-    """Return the first cells of the first table below a heading, without its head."""
+    """Return the first column of the first table below a heading, without the header."""
     text = (DOCS / page).read_text().split(heading, 1)[1]
     rows = [line for line in text.split("\n\n|", 1)[1].split("\n\n", 1)[0].splitlines() if "`" in line]
     return [row.lstrip("|").split("|")[0].strip(" `") for row in rows]
@@ -44,7 +44,7 @@ def test_statuses_lists_every_flag() -> None:
 
 
 def test_preprocessing_lists_the_limits_of_an_image() -> None:
-    """The page gave the endpoint the limits of a job."""
+    """The page used to give the endpoint the limits of a job."""
 
     def shown(limits: ImageLimits) -> list[str]:
         mebibytes, gibibytes = limits.max_file_bytes >> 20, limits.memory_bytes >> 30
@@ -71,7 +71,7 @@ def test_api_lists_the_limits_of_a_request() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/questions.md", "docs/speed.md"])
 def test_pages_give_the_range_that_was_measured_on_a_gpu(page: str) -> None:
-    """Their range ended with a run of more slots than the page says."""
+    """The range used to include a run with more slots than the page says."""
     file = ROOT / "benchmarks" / "results" / "engine_h100.json"
     cards = [
         card for card in json.loads(file.read_text())["final kernels"].values() if isinstance(card, dict)
@@ -99,7 +99,7 @@ def test_the_code_says_each_message_of_troubleshooting(message: str) -> None:
 def _strings_of_the_code() -> str:
     packages = ("blip2_actor", "pipeline", "deploy")
     text = "\n".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
-    return re.sub(r'"\s*\n\s*f?"', "", text)  # literals that stand in several lines
+    return re.sub(r'"\s*\n\s*f?"', "", text)  # join literals that span lines
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_no_merge_left_its_markers(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_lines_of_prose_fit_an_editor(page: Path) -> None:
-    """Tables, pictures and code are as wide as they are."""
+    """Tables, pictures and code may be wider."""
     prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     lines = [line for line in prose.splitlines() if not line.startswith(("|", "<", "![", "    "))]
     assert [line for line in lines if len(line) > MAX_LINE_CHARS] == []

@@ -1,4 +1,4 @@
-"""Which package may import which, and what works without an extra, checked in fresh interpreters."""
+"""Which package may import which, and what works without an extra, tested in fresh interpreters."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ sys.meta_path.insert(0, Block())
 {code}
 """
 BATCH = ["ray", "pyarrow"]
-"""What the extra `batch` installs."""
+"""The packages that the extra `batch` installs."""
 SERVE = ["ray", "fastapi", "pydantic", "starlette"]
-"""What the extra `serve` installs."""
+"""The packages that the extra `serve` installs."""
 
 
 def run(blocked: list[str], code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run code in an interpreter in which some packages cannot be imported."""
+    """Run code in an interpreter that cannot import some packages."""
     script = BLOCK.format(blocked=blocked, code=code)
     return subprocess.run(
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120
@@ -53,7 +53,7 @@ assert result.ok, result
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    """Decode workers and drivers import it thousands of times."""
+    """Decoding processes and drivers import it thousands of times."""
     done = run(
         ["torch", "transformers", "numpy"], "import blip2_actor, blip2_actor.preprocessing.decode_child"
     )
@@ -61,7 +61,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 
 def test_a_command_starts_ray_before_it_imports_ray_data() -> None:
-    """Ray Data and pandas take half a second, and Ray's start leaves time for them."""
+    """Ray Data and pandas take half a second to import, which can pass while Ray starts."""
     code = """
 import pipeline.cli.commands
 assert "ray" in sys.modules
@@ -84,7 +84,7 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["caption", "--help"], ["plan", "score", "--help"]])
 def test_help_is_printed_without_any_extra(arguments: list[str]) -> None:
-    """It was a traceback: the settings imported pyarrow for the names of the columns."""
+    """Help used to be a traceback, because the settings imported pyarrow for the names of the columns."""
     done = run_module([*BATCH, *SERVE, "torch", "numpy"], "pipeline.__main__", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: blip2")
@@ -112,7 +112,7 @@ def test_a_command_says_which_extra_brings_what_it_needs(
 
 @pytest.mark.parametrize("arguments", ["status --output {}", "report --output {}"])
 def test_commands_that_need_no_ray_run_without_it(arguments: str, tmp_path) -> None:
-    """They answer that the folder holds no run, which only their own code can know."""
+    """They report that the folder holds no run, which proves that their own code ran."""
     done = run_module(["ray"], "pipeline.__main__", *arguments.format(tmp_path).split())
     assert done.returncode == 3
     assert str(tmp_path) in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""`pipeline.__all__` is what users, tests and benchmarks import; a name that goes breaks their code."""
+"""`pipeline.__all__` is what users, tests and benchmarks import; removing a name breaks their code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_public_names_are_frozen_and_exist() -> None:
 
 
 def test_the_package_and_the_settings_import_neither_ray_nor_pyarrow() -> None:
-    """The command line prints its help without them, and sets Ray's environment before Ray is imported."""
+    """The command line prints its help without them, and sets Ray's environment before importing Ray."""
     code = (
         "import sys, pipeline\n"
         "pipeline.set_ray_environment, pipeline.CaptionSettings, pipeline.Console\n"

@@ -1,4 +1,4 @@
-"""The public interface is a contract: siblings and users import from `blip2_actor`, and never deeper."""
+"""The public interface is a contract: siblings and users import from `blip2_actor`, never deeper."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_public_names_are_frozen() -> None:
 
 @pytest.mark.parametrize("package", [blip2_actor, pipeline])
 def test_a_notebook_completes_every_public_name(package: ModuleType) -> None:
-    """Names that are imported late were missing from `dir`."""
+    """Names that are imported lazily used to be missing from `dir`."""
     assert set(package.__all__) <= set(dir(package))
 
 
@@ -107,7 +107,7 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 
 
 def imported_modules(path: Path) -> Iterator[str]:
-    """Modules of `blip2_actor` that a file imports, anywhere in it."""
+    """Return the modules of `blip2_actor` that a file imports, at any level."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -137,7 +137,7 @@ def test_siblings_import_the_public_interface_only(sibling: str) -> None:
 
 
 def test_modules_do_not_import_each_other_in_circles() -> None:
-    """Only the configuration and the two engines that it builds may: it imports them when it builds them."""
+    """Only the configuration and the two engines that it builds may: it imports them to build them."""
     files = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in (ROOT / "blip2_actor").rglob("*.py")

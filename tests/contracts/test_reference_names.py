@@ -19,7 +19,7 @@ FILES = ("modeling_blip_2.py", "processing_blip_2.py", "configuration_blip_2.py"
 
 
 def test_every_public_name_of_the_reference_is_listed_once() -> None:
-    """A name that a newer transformers adds or removes must be entered here or deleted."""
+    """A name that a newer transformers adds must be listed here, and one that it removes deleted."""
     listed = [name for name, _, _ in ROW.findall(PAGE.read_text(encoding="utf-8"))]
     assert len(listed) == len(set(listed))
     expected = set(reference_names())
@@ -28,7 +28,7 @@ def test_every_public_name_of_the_reference_is_listed_once() -> None:
 
 
 def test_every_name_of_this_package_on_the_page_exists() -> None:
-    """A row that says where something is must not send its reader to a name that is gone."""
+    """A row that says where something is must not point to a name that no longer exists."""
     missing = []
     for _, state, where in ROW.findall(PAGE.read_text(encoding="utf-8")):
         names = OURS.findall(where)
@@ -40,8 +40,8 @@ def test_every_name_of_this_package_on_the_page_exists() -> None:
 def reference_names() -> Iterator[str]:
     """Yield classes, the public methods and fields that they define, and the arguments of these methods.
 
-    Building blocks that are not in `__all__`, such as `Blip2MLP`, are named as classes alone. Arguments are
-    named once for all classes, as `argument=`.
+    Building blocks that are not in `__all__`, such as `Blip2MLP`, are listed as classes only. Arguments are
+    listed once for all classes, as `argument=`.
     """
     spec = find_spec("transformers")
     assert spec is not None

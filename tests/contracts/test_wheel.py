@@ -1,4 +1,4 @@
-"""The wheel: what it holds, what it says of itself, and that it works without the source tree."""
+"""The wheel: its files, its metadata, and that it works without the source tree."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_license_is_in_it(wheel, names):
 
 
 def test_it_runs_without_the_source_tree(wheel, tmp_path):
-    """The command, its data files and the engine; `make wheel` runs the whole demonstration."""
+    """The command, its data files and the engine work; `make wheel` runs the whole demonstration."""
     programs = install_wheel(wheel, tmp_path / "env")
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -1,11 +1,11 @@
-"""The KubeRay operator's schemas as JSON Schema that refuses unknown fields, and a command to renew them.
+"""The KubeRay operator's schemas as JSON Schema that refuses unknown fields, and a command to update them.
 
     python -m tests.contracts.cluster.kuberay_schema PATH_TO_CLONE v1.7.0
 
 reads the CustomResourceDefinitions of RayCluster, RayJob and RayService from a clone of the operator's
 repository (ray-project/kuberay, Apache License 2.0) and writes `kuberay_schema.json`: version v1, without
-descriptions, and with each part that occurs more than once written once. The API server drops unknown fields
-in silence; here they are an error.
+descriptions, and with repeated parts written once. The API server silently drops unknown fields; here they
+are an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCHEMA_FILE = Path(__file__).with_name("kuberay_schema.json")
 SOURCE = "helm-chart/kuberay-operator/crds/ray.io_{}s.yaml"
 KINDS = ("RayCluster", "RayJob", "RayService")
 MIN_SHARED_CHARS = 120
-"""Parts shorter than this are written where they stand: a reference would not be shorter."""
+"""Shorter parts are not replaced by references, which would not be shorter."""
 
 
 def load_schemas() -> dict[str, Any]:

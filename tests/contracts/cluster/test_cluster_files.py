@@ -1,4 +1,4 @@
-"""The cluster files as their readers see them: Ray's launcher and Serve."""
+"""The cluster files, as Ray's launcher and Serve read them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ metadata: {name: a}
 spec:
   rayClusterConfig: {headGroupSpec: {template: {spec: {containers: [{name: ray}]}}}}
 """
-"""A manifest that only lacks its Serve config."""
+"""A manifest that lacks only its Serve config."""
 
 
 def load(path: str) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def test_the_committed_files_lack_only_values_of_the_user(
 def test_before_an_update_its_models_are_looked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Serve would stop a replica that serves, and then find no model for the one in its place."""
+    """Serve would stop a working replica, and then find no model for its replacement."""
     config = tmp_path / "serve.yaml"
 
     def check_models(**arguments: object) -> tuple[int, str]:
@@ -77,7 +77,7 @@ def test_before_an_update_its_models_are_looked_for(
 def test_elsewhere_the_packaged_serve_config_is_checked_and_the_missing_cluster_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Outside the clone it said "No such file or directory" for its own files."""
+    """Outside the clone it used to report "No such file or directory" for its own files."""
     monkeypatch.chdir(tmp_path)
     assert main([]) == 0
     said = capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_the_cluster_of_the_working_folder_and_named_files_are_checked(
 def test_a_file_of_another_kind_is_one_line_and_no_traceback(
     text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file that is no YAML was a traceback, and so was one that Ray reads before it looks at its types."""
+    """A file that is not YAML, or that Ray reads before it checks the types, used to cause a traceback."""
     path = tmp_path / "wrong.yaml"
     if text is not None:
         path.write_text(text)
@@ -155,7 +155,7 @@ def test_the_cluster_grows_from_a_head_that_runs_no_tasks() -> None:
 
 
 def test_machines_on_demand_stand_in_for_spot_machines() -> None:
-    """The autoscaler takes the higher priority while it is to be had; both kinds serve the same requests."""
+    """The autoscaler takes the higher priority while available; both kinds serve the same requests."""
     cluster = load("ray_cluster.yaml")
     types = cluster["available_node_types"]
     assert "--env RAY_enable_autoscaler_v2=1" in cluster["docker"]["run_options"], "v1 ignores priorities"
@@ -168,7 +168,7 @@ def test_machines_on_demand_stand_in_for_spot_machines() -> None:
 
 
 def test_every_machine_has_an_image_with_a_driver_and_a_profile() -> None:
-    """Without one Ray takes its own of 2022, whose driver is too old for this torch."""
+    """Without an image, Ray uses its own of 2022, whose driver is too old for this torch."""
     for name, kind in load("ray_cluster.yaml")["available_node_types"].items():
         assert kind["node_config"]["ImageId"] == "YOUR_MACHINE_IMAGE", name
         assert kind["node_config"]["IamInstanceProfile"]["Name"].startswith("YOUR_"), name
@@ -249,7 +249,7 @@ def test_a_key_that_serve_would_ignore_is_refused_by_name(change: Any, named: st
     ],
 )
 def test_clocks_that_contradict_each_other_are_refused(change: Any, said: str) -> None:
-    """Serve would end a request, or its replica, before the time that the endpoint gives it."""
+    """Serve would end a request, or its replica, earlier than the endpoint's own time limit."""
     config = load("deploy/serve_config.yaml")
     change(config)
     with pytest.raises(ValueError, match=said):
@@ -258,7 +258,7 @@ def test_clocks_that_contradict_each_other_are_refused(change: Any, said: str) -
     config["http_options"]["request_timeout_s"] = None
     gateway, captioner = config["applications"][0]["deployments"]
     del gateway["graceful_shutdown_timeout_s"]
-    captioner["graceful_shutdown_timeout_s"] = "140"  # which Serve takes
+    captioner["graceful_shutdown_timeout_s"] = "140"  # Serve accepts this
     check_serve_config(config)
 
 
@@ -281,7 +281,7 @@ def test_a_scale_that_serve_refuses_while_it_deploys_is_refused(change: Any, sai
 
 
 def test_another_application_is_refused() -> None:
-    """Serve found out on the cluster that there is none by this name."""
+    """Only Serve on the cluster used to find that no deployment has this name."""
     config = load("deploy/serve_config.yaml")
     config["applications"][0]["import_path"] = "deploy.app:biuld"
     with pytest.raises(ValueError, match=r"import_path must be deploy\.app:build, got deploy\.app:biuld"):
@@ -307,7 +307,7 @@ def test_a_cluster_without_keys_is_refused_unless_anybody_may_ask() -> None:
 
 
 def test_a_former_name_is_still_read() -> None:
-    """Flags and stored runs read it; the args of a Serve config refused it."""
+    """Flags and stored runs accept it, but the args of a Serve config used to refuse it."""
     config = load("deploy/serve_config.yaml")
     config["applications"][0]["args"]["engine"]["skip_canary"] = True
     check_serve_config(config)
@@ -316,7 +316,7 @@ def test_a_former_name_is_still_read() -> None:
 
 
 def test_an_image_that_names_one_limit_keeps_the_others_of_the_endpoint() -> None:
-    """It took the other limits of the batch job: 128 MiB a file, and 120 s instead of 30 s."""
+    """The other limits used to become those of the batch job: 128 MiB a file, and 120 s instead of 30 s."""
     image = ServeArgs.model_validate({"image": {"max_pixels": 99}}).root.image
     assert image == dataclasses.replace(Settings().image, max_pixels=99)
 
@@ -329,7 +329,7 @@ def test_a_file_of_neither_kind_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_placeholder_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`kubectl apply` takes it, and nothing starts."""
+    """`kubectl apply` accepts a placeholder, and then nothing starts."""
     account = {"kind": "ServiceAccount", "metadata": {"name": "a", "annotations": {"role": "YOUR_ROLE"}}}
     manifests = tmp_path / "manifests.yaml"
     manifests.write_text(yaml.safe_dump_all([{"kind": "ConfigMap", "metadata": {"name": "b"}}, account]))

@@ -1,4 +1,4 @@
-"""The Dockerfile: what its stages take, what they install, and whom they run as."""
+"""The Dockerfile: what its stages copy and install, and which user they run as."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_constraints_for_cuda_are_those_of_the_pinned_torch() -> None:
 
 
 def test_a_job_sends_no_output_of_a_run(tmp_path: Path) -> None:
-    """Ray refuses a working directory of more than 512 MiB, and what it takes it keeps on the head."""
+    """Ray refuses a working directory of more than 512 MiB, and stores an accepted one on the head."""
     shutil.copy(ROOT / ".rayignore", tmp_path)
     for name in ("pipeline/run.py", "captions/a.tar.parquet", "captions/_blip2/run.json", "tests/test.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -43,13 +43,13 @@ pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl
 
 @functools.cache
 def build(overlay: str) -> list[Manifest]:
-    """What `kubectl kustomize` makes of an overlay of the project."""
+    """The output of `kubectl kustomize` for an overlay of the project."""
     return _kustomize(MANIFESTS / "overlays" / overlay)
 
 
 @functools.cache
 def combine(resource: str, *components: str) -> list[Manifest]:
-    """What it makes of an overlay as users write it: one resource, and components in this order."""
+    """The output for an overlay as users write it: one resource, and components in this order."""
     with tempfile.TemporaryDirectory() as folder:
         there = os.path.relpath(MANIFESTS, os.path.realpath(folder))
         kustomization = {
@@ -87,7 +87,7 @@ def cluster_of(manifest: Manifest) -> Manifest:
 
 
 def pods_of(manifest: Manifest) -> Iterator[Manifest]:
-    """The pod templates of a manifest, with the labels that the operator adds."""
+    """Return the pod templates of a manifest, with the labels that the operator adds."""
     if manifest["kind"] == "StatefulSet":
         yield manifest["spec"]["template"]
     if manifest["kind"] == "RayJob":
@@ -108,7 +108,7 @@ def schema_errors(manifest: Manifest) -> list[str]:
 
 
 def test_the_operator_takes_each_of_its_objects() -> None:
-    """The API server drops a field that the schema does not have in silence; here it is an error."""
+    """The API server silently drops a field that is not in the schema; here it is an error."""
     kinds = set()
     for manifest in everything():
         if manifest["kind"] in KINDS:
@@ -159,7 +159,7 @@ def test_job_endpoint_and_permanent_cluster_are_one_cluster() -> None:
 
 
 def test_every_pod_meets_the_restricted_security_standard_with_a_read_only_root() -> None:
-    """As the namespace label pod-security.kubernetes.io/enforce=restricted asks, and one step further."""
+    """What the namespace label pod-security.kubernetes.io/enforce=restricted requires, and one step more."""
     for manifest in everything():
         for pod in pods_of(manifest):
             spec = pod["spec"]
@@ -219,7 +219,7 @@ def test_secrets_are_named_and_never_written() -> None:
 
 
 def test_selectors_select_pods() -> None:
-    """A selector that matches nothing protects and measures nothing, and nobody says so."""
+    """A selector that matches nothing protects and measures nothing, without an error."""
     pods = [pod["metadata"]["labels"].items() for manifest in everything() for pod in pods_of(manifest)]
     kinds = set()
     for manifest in everything():
@@ -232,7 +232,7 @@ def test_selectors_select_pods() -> None:
 
 @pytest.mark.parametrize("combination", [each for each in COMBINATIONS if "monitoring" in each], ids=str)
 def test_the_ports_that_are_scraped_are_named(combination: tuple[str, ...]) -> None:
-    """Prometheus skips a port without a name in silence: nothing of the autoscaler was scraped."""
+    """Prometheus silently skips a port without a name: it used to scrape nothing of the autoscaler."""
     manifests = combine(*combination)
     pods = list(pods_of(of_kind(manifests, "RayCluster", "RayJob")))
     monitors = [manifest["spec"] for manifest in manifests if manifest["kind"] == "PodMonitor"]
@@ -245,7 +245,7 @@ def test_the_ports_that_are_scraped_are_named(combination: tuple[str, ...]) -> N
 
 
 def test_disruption_budgets_count_as_kubernetes_can() -> None:
-    """Pods of a custom resource have no scale: a budget by maxUnavailable or per cent is not computed."""
+    """Pods of a custom resource have no scale, so a budget by maxUnavailable or per cent is not computed."""
     budgets = [manifest for manifest in everything() if manifest["kind"] == "PodDisruptionBudget"]
     assert budgets
     for budget in budgets:
@@ -311,7 +311,7 @@ def test_the_model_cache_replaces_the_volume_of_every_pod() -> None:
 
 
 def test_a_job_sees_the_accelerators_that_may_be_started() -> None:
-    """On Kubernetes the limits of the autoscaler are those of the RayCluster."""
+    """On Kubernetes the autoscaler's limits are those of the RayCluster."""
     (cluster,) = (manifest for manifest in build("cluster") if manifest["kind"] == "RayCluster")
     cluster = copy.deepcopy(cluster)
     cluster["metadata"].setdefault("namespace", "default")

@@ -1,4 +1,4 @@
-"""Alert rules and dashboards: each expression names metrics and labels that somebody exports."""
+"""Alert rules and dashboards: each expression uses only metrics and labels that are exported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OURS = [
     if isinstance(metric, Metric)
 ]
 ADDED_BY_PROMETHEUS = {"le", "ray_io_cluster"}
-"""The bound of a histogram's bucket, and the label that pod_monitors.yaml takes from the pods."""
+"""The bound of a histogram's bucket, and the label that pod_monitors.yaml copies from the pods."""
 
 
 def alerts() -> Iterator[dict[str, Any]]:
@@ -45,7 +45,7 @@ def expressions() -> Iterator[str]:
 
 
 def exported(metric: Metric) -> set[str]:
-    """The names under which Prometheus sees a metric of the job or the endpoint."""
+    """Return Prometheus' names for a metric of the job or the endpoint."""
     name = f"ray_{metric.info['name']}".removesuffix("_total")
     if isinstance(metric, Counter):
         return {f"{name}_total"}
@@ -55,14 +55,14 @@ def exported(metric: Metric) -> set[str]:
 
 
 def names_of_ray() -> set[str]:
-    """The names of Serve's metrics and the autoscaler's, as their source has them, with every ending."""
+    """Return the names of Serve's and the autoscaler's metrics, from their source, with every suffix."""
     spec = importlib.util.find_spec("ray")
     assert spec is not None and spec.origin is not None
     ray = Path(spec.origin).parent
     serve = "\n".join(file.read_text() for file in (ray / "serve/_private").glob("*.py"))
     serve = serve.replace("{protocol_name}", "http")
     found = {f"ray_{name}" for name in re.findall(r'"(serve_\w+)"', serve)}
-    # Ray declares more metrics of the autoscaler than its version 2, which runs here, sets.
+    # Ray declares more metrics for the autoscaler than its version 2, which runs here, sets.
     version_2 = "\n".join(file.read_text() for file in (ray / "autoscaler/v2").rglob("*.py"))
     found |= {f"autoscaler_{name}" for name in re.findall(r"_prom_metrics\.(\w+)", version_2)}
     return found | {f"{name}_{ending}" for name in found for ending in ("total", "bucket", "sum", "count")}
@@ -82,7 +82,7 @@ def test_each_expression_names_metrics_that_exist() -> None:
 
 
 def test_no_alert_waits_for_a_number_that_is_too_small() -> None:
-    """Ray exports a gauge for 20 s after it was last set: a replica that has ended has no series, not 0."""
+    """Ray exports a gauge for 20 s after it was last set, so a dead replica has no series rather than 0."""
     for alert in alerts():
         assert not re.search(r"<|== ?0", alert["expr"]), alert["alert"]
 

@@ -202,7 +202,7 @@ def test_a_changed_tar_is_refused_before_work_and_made_again_whole_on_request(tm
 
 
 def test_retry_takes_new_limits_of_time_and_memory_and_keeps_the_others(tmp_path):
-    """Limits may change, or a row that failed for lack of memory would fail forever; results stay the same."""
+    """Limits may change without changing rows, or a row that failed for lack of memory would fail forever."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=1)
     before = ImageLimits(max_pixels=10_000, cpu_s=1.0, wall_s=2.0, memory_bytes=64 << 20)
     job = prepare(settings(tmp_path, limits=before), FakeEngineConfig())

@@ -46,7 +46,7 @@ IMAGE = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).astype(np.uint8)
         {"size": 28},
         {"size": [28, 28]},
         {"do_center_crop": True, "crop_size": SQUARE},
-        {"do_center_crop": None, "crop_size": None, "do_pad": None, "device": None},  # as version 4.57 writes it
+        {"do_center_crop": None, "crop_size": None, "do_pad": None, "device": None},  # as 4.57 writes it
         {"image_processor_type": "BlipImageProcessorFast", "do_convert_rgb": False},
     ],
 )

@@ -42,7 +42,7 @@ def test_a_small_model_is_left_alone(caplog) -> None:
     ids=" ".join,
 )
 def engines(request, checkpoint_folder: Callable[..., Path]) -> Iterator[tuple[Engine, Engine]]:
-    """An engine and a quantized one with every eligible layer in int8, though layers this small gain nothing."""
+    """An engine and a quantized one with every eligible layer in int8, even layers too small to gain."""
     model, method = request.param
     folder = str(checkpoint_folder(model))
     choice = EVERYTHING if method == "int8" else None
