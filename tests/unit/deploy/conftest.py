@@ -13,7 +13,7 @@ from tests.unit.deploy.routes.engine_service import EngineService
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test that is a coroutine, in an event loop of its own."""
+    """Run a coroutine test in its own event loop."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     names = inspect.signature(pyfuncitem.obj).parameters
@@ -23,7 +23,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _close_services() -> Iterator[None]:
-    """Close the services that the tests of a file have made, but none that a module makes for itself."""
+    """Close the services that the tests of a file have made, except those that a module made for itself."""
     EngineService.open_ones.clear()
     yield
     while EngineService.open_ones:

@@ -1,4 +1,4 @@
-"""A collector of traces on this machine, which keeps what an exporter sends over OTLP and HTTP."""
+"""A local collector of traces that keeps what an exporter sends as OTLP over HTTP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 
 class Collector(ThreadingHTTPServer):
-    """Takes what an exporter posts to /v1/traces."""
+    """Accepts what an exporter posts to /v1/traces."""
 
     def __init__(self) -> None:
         self.spans: list[Any] = []

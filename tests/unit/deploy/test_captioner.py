@@ -1,4 +1,4 @@
-"""A replica that is no longer of use ends or says so, and one whose caller has left stops working for it."""
+"""A replica that is no longer useful ends or says so; one whose caller has left stops working for it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def replica() -> Iterator[Captioner]:
 
 
 def test_an_engine_that_fails_ends_the_process(replica: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve would send all requests to a replica that fails fastest."""
+    """Serve would send all requests to the replica that fails fastest."""
 
     def end(status: int) -> None:
         assert status == 1
@@ -104,7 +104,7 @@ async def test_a_stream_that_is_left_stops_its_work(
 def test_batch_work_that_waits_for_others_holds_none_of_their_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Features of low priority wait as long as others keep the engine busy, who may want features too."""
+    """Features of low priority wait while others, who may also want features, keep the engine busy."""
     monkeypatch.setattr(captioner, "NUM_WAITING_THREADS", 1)
     replica = Captioner(FakeEngineConfig(), GenerationOptions())
     engine = replica._actor.engine
@@ -169,7 +169,7 @@ def test_a_caller_that_leaves_frees_the_thread_that_waits_for_its_features(
 
 
 def test_batch_work_keeps_the_names_by_which_it_travels() -> None:
-    """Gateways and captioners of two versions meet while an endpoint is updated."""
+    """During an update of an endpoint, gateways and captioners of two versions work together."""
     asked = TextToGenerate(prompt=None, options=GenerationOptions())
     texts, scores = (TextOfBatch(0, asked),), (ScoreOfBatch(1, TextToScore(text="a")),)
     work = BatchWork(texts=texts, scores=scores, features=(2,))

@@ -1,4 +1,4 @@
-"""`blip2 serve` refuses what cannot work before it starts anything."""
+"""`blip2 serve` refuses settings that cannot work before it starts anything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 @pytest.fixture(autouse=True)
 def checks_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check settings in this process, which has imported torch anyway; a new one takes seconds to do so."""
+    """Check settings in this process, which has already imported torch; in a new one that takes seconds."""
     if "slow" not in request.keywords:
         monkeypatch.setattr(command, "_in_child", lambda call, settings: call(settings))
 
@@ -44,7 +44,7 @@ def test_a_taken_port_is_refused_by_number(capsys) -> None:
 def test_an_address_of_ipv6_is_served_and_shown_in_brackets(
     tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its port could not be used: Address family for hostname not supported."""
+    """Its port used to be unusable: Address family for hostname not supported."""
     missing = tmp_path / "nowhere"
     assert main(["--host", "::1", "--port", str(free_port), "--model", str(missing)]) == 3
     assert "nowhere" in capsys.readouterr().err
@@ -80,7 +80,7 @@ def test_a_missing_file_of_keys_is_named_by_its_flag(flag: str, free_port: int, 
 
 
 def test_an_empty_keys_file_is_refused(free_port: int, capsys) -> None:
-    """As of a variable that is not set: it ended in a traceback, 20 s later."""
+    """An unset variable gives an empty name, which used to end in a traceback 20 s later."""
     assert main(["--model", "demo", "--port", str(free_port), "--keys-file", ""]) == 3
     assert capsys.readouterr().err == "blip2 serve: --keys-file must not be empty; leave it out\n"
 
@@ -110,7 +110,7 @@ def test_token_ids_that_the_model_does_not_have_are_refused(free_port: int, caps
 
 
 def test_a_score_model_that_writes_text_is_refused_in_words_of_flags(free_port: int, capsys) -> None:
-    """The message named classes of Python alone."""
+    """The message used to name only classes of Python."""
     assert main(["--model", "demo", "--score-model", "demo", "--port", str(free_port)]) == 3
     assert "one that writes text is used without --score-model" in capsys.readouterr().err
 
@@ -118,9 +118,9 @@ def test_a_score_model_that_writes_text_is_refused_in_words_of_flags(free_port: 
 def test_a_ray_that_does_not_start_is_one_sentence_and_status_1(
     monkeypatch: pytest.MonkeyPatch, free_port: int, capsys
 ) -> None:
-    """On a loaded machine Ray raises a plain Exception after 30 s; it was a traceback."""
+    """On a loaded machine Ray raises a plain Exception after 30 s, which used to be a traceback."""
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    monkeypatch.setattr(os, "environ", inherited)  # it sets more for Ray than one test should leave
+    monkeypatch.setattr(os, "environ", inherited)  # Ray's start would leave more variables behind
 
     def time_out(**_: object) -> None:
         raise Exception("The current node timed out during startup. This could happen because ...\nmore")
@@ -132,12 +132,12 @@ def test_a_ray_that_does_not_start_is_one_sentence_and_status_1(
     assert said.startswith("blip2 serve: Ray did not start on this machine: The current node timed out")
     assert said.endswith("run the same command again\n") and said.count("\n") == 1
     assert not ray.is_initialized()
-    # Threads that spin cost two busy cores 147 ms of CPU time a request, and 11 ms when they wait.
+    # Spinning threads cost two busy cores 147 ms of CPU time per request; waiting ones cost 11 ms.
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_the_lines_to_try_name_a_key_where_callers_have_one() -> None:
-    """With keys, they made a picture of the 401, and sent that."""
+    """With keys, the lines used to make a picture of the 401, and to send that."""
     settings = ServeSettings(engine=EngineConfig(model="demo"), port=8123, keys_file="keys.txt")
     _, *lines = local_service._invitation(settings).splitlines()
     assert len(lines) == 2
@@ -146,7 +146,7 @@ def test_the_lines_to_try_name_a_key_where_callers_have_one() -> None:
 
 
 def test_all_settings_reach_the_service(monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
-    """Slots, threads and limits were no flags, so that the command could not set them."""
+    """Slots, threads and limits used to have no flags, so the command could not set them."""
     served: list[ServeSettings] = []
     monkeypatch.setattr(local_service, "serve_until_stopped", served.append)
     flags = f"--model demo --max-slots 3 --num-threads 1 --max-new-tokens 7 --timeout-s 9 --port {free_port}"
@@ -159,7 +159,7 @@ def test_all_settings_reach_the_service(monkeypatch: pytest.MonkeyPatch, free_po
 
 @pytest.mark.slow
 def test_the_command_itself_imports_no_torch(tmp_path: Path, free_port: int) -> None:
-    """It held 160 MiB of torch and transformers as long as the endpoint ran, to have checked the model."""
+    """To check the model, it used to hold 160 MiB of torch and transformers while the endpoint ran."""
     script = tmp_path / "serve.py"
     script.write_text(
         f"""if __name__ == "__main__":
@@ -177,14 +177,14 @@ def test_the_command_itself_imports_no_torch(tmp_path: Path, free_port: int) -> 
 
 
 def test_nothing_imports_ray_before_its_token_is_set() -> None:
-    """Ray reads the token when it is imported; imported earlier, it waits for its own processes in vain."""
+    """Ray reads the token when it is imported; imported too early, it waits in vain for its own processes."""
     modules = "deploy.command, deploy.local_service, deploy.reuse.finished_run"
     code = f"import sys, {modules}; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 def test_gauges_are_shown_from_one_health_check_to_the_next() -> None:
-    """Health checks set them, and Ray shows each for two of its intervals: they were gone for 6 s of 10."""
+    """Ray shows a gauge for two of its intervals after it is set: these used to be gone for 6 s of 10."""
     code = """if True:
     from deploy.local_service import set_ray_environment
     set_ray_environment()

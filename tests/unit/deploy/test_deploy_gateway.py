@@ -29,11 +29,11 @@ from deploy.settings import Settings
 from deploy.work import BatchWork, ImageOutputs, ImageWork, OtherModel, TextPiece, TextToGenerate
 
 NEVER = object()
-"""The answer of a call that does not end."""
+"""The answer of a call that never ends."""
 
 
 class Response:
-    """Like Serve's response: ending the wait does not stop the work, only `cancel` does."""
+    """Like Serve's response: to stop waiting does not stop the work; only `cancel` does."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
@@ -51,7 +51,7 @@ class Response:
 
 
 class Stream(Response):
-    """The response of a streaming method: pieces, and then the answer."""
+    """The response of a streaming method: pieces, then the answer."""
 
     async def __aiter__(self) -> Any:
         yield TextPiece(index=0, text="a")
@@ -83,7 +83,7 @@ class Handle:
 
 
 class StartingHandle(Handle):
-    """Of a further model, whose engines answer when the test lets them, and then never finish an image."""
+    """A further model whose engines answer when the test allows it, but never finish an image."""
 
     def __init__(self) -> None:
         super().__init__(NEVER)
@@ -101,7 +101,7 @@ class StartingHandle(Handle):
 
 
 class Store(dict[str, str]):
-    """Stands for what is stored in the cluster."""
+    """Stands for the state that is stored in the cluster."""
 
     def _internal_kv_get(self, key: str, namespace: str) -> str | None:
         if "is away" in self:
@@ -145,7 +145,7 @@ async def picture(gateway: Gateway) -> DecodedImage:
 
 
 def test_a_calibration_is_read_once_and_stops_no_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be in a bucket, and was read when a further model was asked for the first time."""
+    """It may be in a bucket, and used to be read at the first request for a further model."""
     readers: list[threading.Thread] = []
     monkeypatch.setattr(Settings, "read_calibration", lambda _: readers.append(threading.current_thread()))
 
@@ -161,7 +161,7 @@ def test_a_calibration_is_read_once_and_stops_no_event_loop(monkeypatch: pytest.
 
 
 def test_a_further_model_keeps_its_name_when_its_engines_are_updated() -> None:
-    """One named as its checkpoint took the new name, and the first model's engines answered for it."""
+    """A model named like its checkpoint used to take the new name, and the first model's engines answered."""
 
     async def run() -> None:
         first, other = (RemoteCaptioner(Handle(None)) for _ in range(2))
@@ -196,7 +196,7 @@ def described(model: str) -> ModelInfo:
 
 
 def refusals(answers: list[Any]) -> list[tuple[int, str]]:
-    """Return how a gateway refuses, the same in a plain answer and in a stream."""
+    """Return the refusal of a gateway, which is the same in a plain answer and in a stream."""
 
     async def ask() -> list[tuple[int, str]]:
         said = []
@@ -271,7 +271,7 @@ def test_an_engine_that_has_died_is_503() -> None:
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_another_engine_answers_in_place_of_one_that_dies(streams: bool) -> None:
-    """During each update and each death, those who had just asked got 503."""
+    """During each update and each death, current callers used to get 503."""
     right = ImageOutputs(texts=(Result(),))
     answers = [ActorDiedError(), right]
 
@@ -299,7 +299,7 @@ def test_another_engine_answers_in_place_of_one_that_dies(streams: bool) -> None
 
 
 def test_a_gateway_that_started_before_its_engines_were_updated_says_what_answers() -> None:
-    """It asks for the model once, and may ask an engine that is replaced a minute later."""
+    """It asks for the model once, but an engine may be replaced a minute later."""
     new = ModelInfo(model="new", image_size_px=8, dtype="float32", digest="e", vocab_size=100)
 
     async def run() -> None:
@@ -348,7 +348,7 @@ def test_every_status_but_ok_is_an_error_of_its_name() -> None:
 
 
 async def test_a_retrieval_model_for_other_images_is_refused() -> None:
-    """An image is decoded once; resized twice, it would be another image."""
+    """An image is decoded once; resizing it twice would change it."""
     handle = Handle(NEVER)
     other = ModelInfo(model="r", image_size_px=9, dtype="float32", digest="d")
     handle.matching_info = Method(Response(other))
@@ -357,7 +357,7 @@ async def test_a_retrieval_model_for_other_images_is_refused() -> None:
 
 
 async def test_a_full_gateway_is_ready_and_a_draining_one_is_not() -> None:
-    """An orchestrator that took a busy gateway away would only make the others busier."""
+    """If an orchestrator removed a busy gateway, the others would only become busier."""
     async with gateway(Handle(None), max_in_flight=1) as made:
         cost = Cost(slots=1, steps=30)
         async with made.admit(cost):
@@ -374,7 +374,7 @@ async def test_a_full_gateway_is_ready_and_a_draining_one_is_not() -> None:
 
 
 async def test_who_waits_for_the_engines_of_a_model_is_in_flight() -> None:
-    """Requests for a model scaled to zero waited before admission, as many as came, and held their bodies."""
+    """Requests for a model scaled to zero used to wait before admission, unbounded, holding their bodies."""
     async with gateway(Handle(None), max_in_flight=2) as made:
         made._models._others = {"b": RemoteCaptioner(handle := StartingHandle())}
         cost = Cost(slots=1, steps=30)
@@ -406,7 +406,7 @@ async def test_who_waits_for_the_engines_of_a_model_is_in_flight() -> None:
 
 
 async def test_the_wait_for_engines_is_part_of_the_time_of_a_request() -> None:
-    """The test moves the clock, so that a busy machine cannot make a request late."""
+    """The test moves the clock, so that no request is late on a busy machine."""
     async with gateway(Handle(None), timeout_s=60.0) as made:
         made._models._others = {"b": RemoteCaptioner(handle := StartingHandle())}
         image = await picture(made)
@@ -442,7 +442,7 @@ async def test_the_wait_for_engines_is_part_of_the_time_of_a_request() -> None:
 
 
 def test_what_a_gateway_holds_is_shown_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray drops a gauge that is not set for 20 s: long requests, and a cache at night, were gone."""
+    """Ray drops a gauge that is not set for 20 s: long requests, and an idle cache, used to disappear."""
     shown: list[str] = []
     monkeypatch.setattr(Metric, "_record", lambda metric, *_: shown.append(metric.info["name"]))
 
@@ -456,7 +456,7 @@ def test_what_a_gateway_holds_is_shown_while_nothing_changes(monkeypatch: pytest
 
 
 def test_while_the_head_is_away_a_gateway_loses_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each health check left one behind, until requests that needed one had no answer."""
+    """Each health check used to leave a thread behind, until requests that needed one had no answer."""
     monkeypatch.setattr(gateway_module, "STORE_WITHIN_S", 0.01)
     is_back = threading.Event()
     asked: list[str] = []
@@ -492,7 +492,7 @@ def test_while_the_head_is_away_a_gateway_loses_no_threads(monkeypatch: pytest.M
 
 
 async def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that replaced another took requests again, in the middle of the operator's drain."""
+    """A replacement gateway used to accept requests again in the middle of an operator's drain."""
 
     async def reach_none(*_: Any) -> list[Any]:
         return []
@@ -514,16 +514,16 @@ async def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytes
             await new.check_health()
             await new.check_ready()
             await new.drain()
-            await new.check_health()  # the end of the service is no operator's drain
+            await new.check_health()  # the end of the service is not an operator's drain
             assert new.stats()["is_draining"]
-            new.set_draining(False)  # as /admin/resume has every gateway do
+            new.set_draining(False)  # as /admin/resume makes every gateway do
             assert new.stats()["is_draining"]
 
 
 async def test_what_was_read_before_the_operators_word_does_not_undo_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A health check that had read the store just before a drain opened the gateway until the next one."""
+    """A health check that read the store just before a drain used to open the gateway until the next one."""
     async with gateway(Handle(None)) as made:
         reading, may_answer = asyncio.Event(), asyncio.Event()
 
@@ -539,5 +539,5 @@ async def test_what_was_read_before_the_operators_word_does_not_undo_it(
         may_answer.set()
         await checking
         assert made.stats()["is_draining"]
-        await made.check_health()  # which reads what is there now
+        await made.check_health()  # reads the present state
         assert not made.stats()["is_draining"]

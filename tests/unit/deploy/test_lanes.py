@@ -1,4 +1,4 @@
-"""Small bodies do not wait for large ones: they did, in the few threads that the event loop has."""
+"""Small bodies do not wait for large ones in the few threads of the event loop, as they used to."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ Seen = list[tuple[str, float, dict[str, str]]]
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """What is recorded in metrics: name, value and labels."""
+    """The recorded metrics: name, value and labels."""
     found: Seen = []
 
     def record(metric: Any, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
@@ -100,7 +100,7 @@ def test_a_request_is_one_log_line_with_its_caller_cost_and_times(
 def test_a_request_without_an_answer_has_a_code(
     raised: type[BaseException], code: int, seen: Seen, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A failure of the service was counted as a client that left, and no alert saw it."""
+    """A failure of the service used to count as a client that left, and raised no alert."""
 
     async def end(scope: Any, receive: Any, send: Any) -> None:
         raise raised
@@ -116,7 +116,7 @@ def test_a_request_without_an_answer_has_a_code(
 
 
 def test_a_client_that_leaves_in_its_body_is_no_error_in_the_log(seen: Seen) -> None:
-    """Serve logged it as a failure of the request, with a traceback."""
+    """Serve used to log it as a failure of the request, with a traceback."""
 
     async def leave() -> Message:
         return {"type": "http.disconnect"}
@@ -180,10 +180,10 @@ def test_the_state_of_an_engine_is_shown(seen: Seen) -> None:
 
 
 class Replicas:
-    """Like a handle of Serve that knows of no replica at first, or never."""
+    """Like a handle of Serve that knows no replica at first, or ever."""
 
     def __init__(self, num_unknown: float, answers: list[Any]) -> None:
-        """An answer that is an error is that of one replica."""
+        """An error among the answers is that of one replica."""
         self.num_unknown, self.answers = num_unknown, answers
 
     def broadcast(self, method: str, *arguments: Any) -> Replicas:
@@ -200,7 +200,7 @@ class Replicas:
 
 
 def test_the_fleet_is_asked_again_until_its_replicas_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scaled to zero, there are no engines, and asking for their counters must start none."""
+    """Scaled to zero, there are no engines, and asking for counters must start none."""
     known = {"Gateway": Replicas(2, [{"num_in_flight": 0}]), "Captioner": Replicas(math.inf, [])}
     monkeypatch.setattr(serve, "get_deployment_handle", lambda name, application: known[name])
     monkeypatch.setattr(fleet, "PAUSE_S", 0.0)
@@ -209,7 +209,7 @@ def test_the_fleet_is_asked_again_until_its_replicas_are_known(monkeypatch: pyte
 
 
 def test_a_replica_that_dies_does_not_fail_what_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The drain was stored, and the answer to the operator 500."""
+    """The drain used to be stored, but the operator got a 500."""
     gateways = Replicas(0, [ActorDiedError(), {"num_in_flight": 0}])
     monkeypatch.setattr(serve, "get_deployment_handle", lambda name, application: gateways)
     assert asyncio.run(fleet.Fleet("blip2", []).stats())["gateways"] == [{"num_in_flight": 0}]

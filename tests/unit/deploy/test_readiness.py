@@ -1,4 +1,4 @@
-"""Readiness follows the controller's records, asks it seldom, and keeps its answer while it is silent."""
+"""Readiness follows the controller's records, asks it rarely, and keeps its answer while it is silent."""
 
 from __future__ import annotations
 

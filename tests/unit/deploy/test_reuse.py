@@ -1,4 +1,4 @@
-"""Equal requests are made once: while they run, from memory, and from the files of a finished run."""
+"""Equal requests are computed once: while running, from memory, and from the files of a finished run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SIZE = made("a").num_bytes
 
 
 class Work:
-    """Work that the test lets end."""
+    """Work that ends when the test says so."""
 
     def __init__(self) -> None:
         self.num_begun = self.num_cancelled = 0
@@ -75,7 +75,7 @@ async def test_equal_requests_under_way_are_made_once_and_then_kept() -> None:
 
 
 async def test_work_ends_when_its_last_caller_has_left_and_not_before() -> None:
-    """Otherwise one client that hangs up takes the answer of all others with it."""
+    """Otherwise one client that disconnects takes away the answer of all others."""
     work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
     first, second = (asyncio.create_task(shared.get("key", work.make)) for _ in range(2))
     await settle()
@@ -193,7 +193,7 @@ def test_a_finished_run_answers_as_the_engine_does(demo: EngineService) -> None:
 
 
 def look_up(run: FinishedRun, row: dict[str, Any]) -> str | None:
-    """Return the caption that the run has for the image of a row."""
+    """Return the caption in the run for the image of a row."""
     made = asyncio.run(run.look_up(row["sha256"].hex(), run.work))
     return None if made is None else made.outputs.texts[0].text
 
@@ -237,7 +237,7 @@ def test_a_run_that_was_made_otherwise_is_refused(
 def test_a_row_group_is_read_once_and_few_are_kept(
     demo: EngineService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each hit opened its file again; with every group kept, memory would grow to that of the whole run."""
+    """Each hit used to open its file again; if every group were kept, memory would hold the whole run."""
     for path in (STORED_RUN / "finished").glob("*.parquet"):
         pq.write_table(pq.read_table(path), tmp_path / path.name, row_group_size=2)
     monkeypatch.setattr(finished_run, "KEPT_ROW_GROUPS", 2)
@@ -269,7 +269,7 @@ def test_a_run_that_cannot_be_read_leaves_the_image_to_the_engine(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Every request was a 500 while the store was away, or had no answer, although engines were there."""
+    """While the store was away, requests used to get a 500 or no answer, although engines were available."""
     counted: list[str] = []
     monkeypatch.setattr(metrics.CACHE_REQUESTS, "inc", lambda _, tags: counted.append(tags["result"]))
     monkeypatch.setattr(finished_run, "READ_WITHIN_S", 0.05)
@@ -296,7 +296,7 @@ def test_a_run_that_cannot_be_read_leaves_the_image_to_the_engine(
 def test_a_store_that_hangs_delays_nothing_that_the_run_does_not_have(
     demo: EngineService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four images of the run took all threads, and each other request waited until its time was over."""
+    """Four images of the run used to take all threads, and other requests waited until they timed out."""
     counted: list[str] = []
     monkeypatch.setattr(metrics.CACHE_REQUESTS, "inc", lambda _, tags: counted.append(tags["result"]))
     may_end = threading.Event()

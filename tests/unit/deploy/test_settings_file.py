@@ -1,4 +1,4 @@
-"""The Serve config file and the flags of `blip2 serve` set the same things."""
+"""The Serve config file and the flags of `blip2 serve` set the same values."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from deploy.settings import ServeSettings, Settings
 DOCUMENT: dict[str, Any] = yaml.safe_load((files("deploy") / "serve_config.yaml").read_text("utf-8"))
 [APPLICATION] = DOCUMENT["applications"]
 SERVES_OWN = {"host": "http_options", "port": "http_options", "log_level": "logging_config"}
-"""Flags of the one-machine form, and the part of the file in which a cluster has them."""
+"""Flags of the one-machine form, with the part of the file that sets the same on a cluster."""
 
 
 def test_every_flag_is_an_argument_or_a_setting_of_serve() -> None:
     assert Settings in ServeSettings.__mro__
     of_settings = {field.name for field in dataclasses.fields(Settings)}
     own = {field.name for field in dataclasses.fields(ServeSettings)} - of_settings
-    # Ray's agents choose the port of metrics on a cluster, where each node has one.
+    # On a cluster, each node's Ray agent chooses the port of metrics.
     assert own == {*SERVES_OWN, "metrics_port"}
     for name, place in SERVES_OWN.items():
         assert name in DOCUMENT[place]
@@ -41,7 +41,7 @@ def test_the_image_gives_the_processes_of_serve_what_the_one_machine_form_does()
 
 
 def test_the_file_is_a_command_line() -> None:
-    """Each argument of the file has a flag of its name, and gives the same settings as that flag."""
+    """Each argument of the file has a flag of the same name, which gives the same settings."""
     from blip2_actor.flags import build
 
     given = APPLICATION["args"]
@@ -92,7 +92,7 @@ def test_a_calibration_of_another_model_is_refused_before_work(tmp_path: Path) -
     ],
 )
 def test_wrong_values_from_python_are_refused_by_name(given: dict[str, Any], said: str) -> None:
-    """They failed in a replica, or not at all: the letters of a host were taken for hosts."""
+    """They used to fail in a replica or silently: the letters of a host were taken for hosts."""
     with pytest.raises(ValueError, match=f"^{said}"):
         ServeSettings(**given)
 

@@ -1,4 +1,4 @@
-"""With a collector in the environment, the phases of a request and the steps of its text are spans."""
+"""With a collector in the environment, a request's phases and the steps of its text are spans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLLECTOR = "http://127.0.0.1:4318"
 
 @pytest.fixture
 def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
-    """What is exported; the provider of this process stays as it is, because it can be set only once."""
+    """Return the exported spans; this process keeps its provider, because it can be set only once."""
     found = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(found))

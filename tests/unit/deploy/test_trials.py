@@ -1,4 +1,4 @@
-"""A second model on trial: who gets it, what is copied to it, and what is recorded of both."""
+"""A second model on trial: who gets it, what is copied to it, and what is recorded about both."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Service(EngineService):
         self._trials = Trials(given, self._models, lambda: self.is_busy)
 
     async def settle(self) -> None:
-        """Wait for the copies under way."""
+        """Wait for the copies in progress."""
         while copies := self._trials._copies:
             await asyncio.wait(copies)
 
@@ -65,7 +65,7 @@ async def client_of(service: Service) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def ask(service: Service, num: int = NUM, **more: Any) -> list[httpx.Response]:
-    """Caption different images one after the other, each with an id of its own."""
+    """Caption different images one after another, each with its own id."""
 
     async def run() -> list[httpx.Response]:
         async with client_of(service) as client:
@@ -107,7 +107,7 @@ def test_a_share_of_the_requests_is_answered_by_the_second_model(second: Second,
 
 
 def test_the_second_model_starts_with_the_first_request_of_its_share(second: Second) -> None:
-    """The first model answers until it runs."""
+    """The first model answers until the second one runs."""
     service = Service(second, ab_test="second=1")
 
     async def run() -> list[str]:
@@ -183,7 +183,7 @@ def test_a_shadow_that_refuses_is_a_changed_status(
 
 
 def test_a_shadow_never_slows_or_fails_a_caller(second: Second, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It hangs, then it fails; the caller notices neither, and no more than a few copies wait."""
+    """The second model hangs, then fails; the caller does not notice, and only a few copies wait."""
     service = Service(second, shadow="second=1")
     monkeypatch.setattr(trials_module, "MAX_COPIES", 3)
     gate = asyncio.Event()
@@ -229,7 +229,7 @@ def test_records_are_bounded_and_a_disk_that_fails_is_no_error(
 
 
 def test_outside_of_a_request_nothing_is_in_an_ab_test(second: Second) -> None:
-    """One record takes what is noted there, and kept the mark for good."""
+    """A shared record takes what is noted there, and used to keep the mark for good."""
     service = Service(second, ab_test="second=1")
     assert service._trials.choose(service.first) is service.first
     assert not RECORD.get().is_in_ab_test
@@ -245,7 +245,7 @@ def test_without_rows_no_number_of_a_file_is_taken(tmp_path: Path, monkeypatch: 
 
 
 def test_recorded_rows_keep_the_row_contract() -> None:
-    """Parquet that another part of the project reads by names and types."""
+    """Another part of the project reads this Parquet by names and types."""
     for field in recording.SCHEMA:
         if field.name not in ("model", "prompt"):
             assert ROW_CONTRACT.field(field.name) == field

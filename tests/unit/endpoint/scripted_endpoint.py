@@ -25,7 +25,7 @@ Answer = Callable[["Exchange"], None]
 
 
 class Exchange:
-    """One request for batch work, and the means to answer it."""
+    """One batch request, and the methods to answer it."""
 
     def __init__(self, handler: BaseHTTPRequestHandler, number: int) -> None:
         body = handler.rfile.read(int(handler.headers["Content-Length"]))

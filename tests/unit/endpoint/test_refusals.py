@@ -1,4 +1,4 @@
-"""`blip2 caption --endpoint` refuses before any work what would not make the rows of the run."""
+"""`blip2 caption --endpoint` refuses, before any work, what would not give the rows of the run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_run_of_another_model_is_not_continued(
 
 
 def finish_run(photos: str, output: Path, **settings: Any) -> None:
-    """Make a run without the endpoint, by its model."""
+    """Make a run of the same model without the endpoint."""
     given = CaptionSettings(input=(photos,), output=str(output), **settings)
     work(prepare(given, FakeEngineConfig(model="demo", image_size_px=8)))
 
@@ -93,7 +93,7 @@ def finish_run(photos: str, output: Path, **settings: Any) -> None:
 def test_a_retry_is_refused_what_a_caption_is_refused(
     photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
 ) -> None:
-    """Workers that only send took the GPUs."""
+    """Workers that only send used to occupy the GPUs."""
     finish_run(photos, tmp_path / "out")
     with endpoint(answer) as url:
         assert main(["retry", str(tmp_path / "out"), "--endpoint", url, *flags.split()]) == 3
@@ -111,7 +111,7 @@ def test_a_retry_by_an_endpoint_reserves_no_accelerator_of_its_run(photos: str, 
 
 
 def test_the_settings_that_are_stored_name_the_model_of_the_endpoint(photos: str, tmp_path: Path) -> None:
-    """A later start without the endpoint finds the model by this name, and the fingerprint is the same."""
+    """A later start without the endpoint finds the model by this name, with the same fingerprint."""
     with endpoint(answer) as url:
         settings = CaptionSettings(
             input=(photos,), output=str(tmp_path / "out"), serving=EndpointSettings(endpoint=url)

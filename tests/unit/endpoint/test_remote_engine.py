@@ -1,4 +1,4 @@
-"""The engine that is elsewhere: what it sends, and what it does when the endpoint does not answer."""
+"""The remote engine: what it sends, and what it does when the endpoint does not answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CAPTIONS = [fake_caption(image, None) for image in IMAGES]
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Trouble | None]]:
-    """What the listener of this process is told; pauses are short."""
+    """The messages to this process's listener; pauses are shortened."""
     monkeypatch.setattr(waiting, "MAX_PAUSE_S", 0.02)
     monkeypatch.setattr(connection, "pause_s", lambda _: 0.02)
     monkeypatch.setattr(remote_engine, "PAUSE_S", 0.02)
@@ -52,7 +52,7 @@ def results(answer: Answer, images: np.ndarray = IMAGES, **request: object) -> l
 
 
 def in_time(call: Callable[[], T]) -> T:
-    """Return what a call returns; one that waits for ever fails its test instead of keeping the run."""
+    """Return the result of a call; if it waits forever, its test fails instead of hanging the run."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -127,7 +127,7 @@ REFUSALS = {
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_an_endpoint_that_takes_no_work_for_a_while_is_waited_for(kind: str, told, monkeypatch) -> None:
     monkeypatch.setattr(remote_engine, "TELL_EVERY_S", 0.001)
-    monkeypatch.setattr(remote_engine, "ANSWER_S", 0.0)  # of the trial before work alone
+    monkeypatch.setattr(remote_engine, "ANSWER_S", 0.0)  # concerns the trial before work only
     sizes: list[int] = []
 
     def answer(exchange: Exchange) -> None:
@@ -139,7 +139,7 @@ def test_an_endpoint_that_takes_no_work_for_a_while_is_waited_for(kind: str, tol
 
     assert texts_of(results(answer)) == CAPTIONS
     assert max(sizes) > 1, "such a refusal is for no text of its own"
-    troubles = [one for one in told if one is not None]  # None also asks each second whether to go on
+    troubles = [one for one in told if one is not None]  # every second, None asks whether to go on
     if kind in ("busy", "quota"):
         assert not troubles, "an endpoint that is busy with other requests is as it should be"
     else:
@@ -153,7 +153,7 @@ def test_an_endpoint_that_takes_no_work_for_a_while_is_waited_for(kind: str, tol
 def test_a_key_that_is_refused_for_long_ends_the_job(
     code: int, told: list[Trouble | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job whose key was revoked waited for ever."""
+    """A job whose key was revoked used to wait forever."""
     monkeypatch.setattr(waiting, "KEY_PATIENCE_S", 0.1)
 
     def listener(trouble: Trouble | None) -> bool:
@@ -173,12 +173,12 @@ def test_a_key_that_is_refused_for_long_ends_the_job(
 
 _OUTCOME = b'{"index": %s, "status": "ok", "error": null, "completions": [], "num_prompt_tokens": 1}'
 LINES = (b"[]", b"7", b"null", b"{}", *(_OUTCOME % index for index in (b"99", b"-1", b"null")))
-"""That no endpoint of this project sends."""
+"""Answers that no endpoint of this project sends."""
 
 
 @pytest.mark.parametrize("how", ["hang-up", "overloaded", "timeout", "unavailable", "no-end", *LINES])
 def test_what_an_answer_lacks_is_asked_again_and_nothing_else(how: str | bytes) -> None:
-    """A line that was no JSON object ended the worker, as if its engine were broken."""
+    """A line that was not a JSON object used to end the worker, as if its engine were broken."""
     asked: list[int] = []
     lock = threading.Lock()
 
@@ -205,7 +205,7 @@ def test_what_an_answer_lacks_is_asked_again_and_nothing_else(how: str | bytes) 
 
 
 def test_an_image_that_breaks_every_answer_fails_alone() -> None:
-    """It would end the endpoint's engine again and again, for all its callers."""
+    """It would end the endpoint's engine repeatedly, for all its callers."""
     poison = CAPTIONS[7]
     num_broken = 0
 
@@ -225,7 +225,7 @@ def test_an_image_that_breaks_every_answer_fails_alone() -> None:
 
 
 def test_a_text_that_takes_too_long_each_time_fails_and_the_others_do_not() -> None:
-    """It would be asked for without end."""
+    """It would be requested forever."""
     long = CAPTIONS[7]
     num_late = 0
 
@@ -246,7 +246,7 @@ def test_a_text_that_takes_too_long_each_time_fails_and_the_others_do_not() -> N
 
 
 def test_a_text_that_waits_behind_one_that_is_too_long_has_its_own_time() -> None:
-    """With time for one text in a request, each has its turn, and none is sent alone for being late."""
+    """With time for one text per request, each has its turn, and none is sent alone for being late."""
     sizes: list[int] = []
 
     def answer(exchange: Exchange) -> None:
@@ -273,7 +273,7 @@ def test_what_would_be_refused_again_is_a_result() -> None:
 
 @pytest.mark.parametrize("code", [400, 422])
 def test_a_text_that_is_refused_costs_no_other_its_result(code: int) -> None:
-    """All texts of its request, up to 63 others, were refused with it."""
+    """All texts of its request, up to 63 others, used to be refused with it."""
     sizes: list[int] = []
 
     def answer(exchange: Exchange) -> None:
@@ -333,7 +333,7 @@ def test_a_text_that_nobody_wants_any_longer_is_not_sent() -> None:
 
 
 def test_when_the_job_stops_while_the_endpoint_is_gone_nothing_is_asked_any_longer() -> None:
-    """The rows stay without a result, and the next start makes them."""
+    """The rows stay without a result, and the next start computes them."""
     stopping = threading.Event()
     listen(lambda trouble: not stopping.is_set())
     num_asked = 0
@@ -360,7 +360,7 @@ def test_scores_and_features_of_an_image_go_in_requests_of_their_own() -> None:
     def answer(exchange: Exchange) -> None:
         sent.append(exchange.fields.keys() & {"texts", "scores", "features"})
         if exchange.number in (1, 2):
-            exchange.hang_up()  # what has no answer is asked again
+            exchange.hang_up()  # unanswered texts are sent again
         else:
             exchange.answer_all()
 
@@ -405,7 +405,7 @@ def test_scores_and_features_that_are_refused_or_fail_are_rows_with_a_status() -
 
 
 def test_a_job_that_stops_while_the_endpoint_is_gone_waits_for_no_scores() -> None:
-    """The stage waits for them in one call; it would never have returned."""
+    """The stage waits for them in one call, which would never return."""
     listen(lambda trouble: False)
     with endpoint(lambda exchange: exchange.hang_up()) as url:
         engine = RemoteEngine(Endpoint(url), MODEL)
@@ -419,7 +419,7 @@ def test_a_job_that_stops_while_the_endpoint_is_gone_waits_for_no_scores() -> No
 
 
 def test_what_a_busy_endpoint_takes_after_the_job_has_given_up_is_waited_for_no_longer() -> None:
-    """One request finds the endpoint gone while another one is still refused by it."""
+    """One request finds the endpoint gone while the endpoint still refuses another."""
     is_asked, given_up = threading.Event(), threading.Event()
 
     def answer(exchange: Exchange) -> None:
@@ -455,7 +455,7 @@ def test_what_a_busy_endpoint_takes_after_the_job_has_given_up_is_waited_for_no_
 def test_a_job_that_stops_waits_for_nothing_of_its_endpoint(
     monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    """A text of the second pass, with stricter options, was waited for as long as the endpoint was gone."""
+    """A text of the second pass, with stricter options, used to wait as long as the endpoint was gone."""
     monkeypatch.setattr(remote_engine, "TELL_EVERY_S", 0.01)
     is_asked, is_stopping, has_ended = threading.Event(), threading.Event(), threading.Event()
     listen(lambda trouble: not is_stopping.is_set())
@@ -496,7 +496,7 @@ def test_a_job_that_stops_waits_for_nothing_of_its_endpoint(
 
 
 def test_a_request_is_left_when_nobody_wants_any_of_its_texts() -> None:
-    """Its slots at the endpoint are for others then."""
+    """Its slots at the endpoint are then free for others."""
     is_begun, is_left = threading.Event(), threading.Event()
 
     def answer(exchange: Exchange) -> None:
@@ -530,7 +530,7 @@ def test_the_trial_before_work_ends_while_the_endpoint_is_busy(monkeypatch: pyte
 
 
 def test_the_trial_before_work_says_what_the_endpoint_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_engine, "TELL_EVERY_S", 0.001)  # how often it looks whether that takes long
+    monkeypatch.setattr(remote_engine, "TELL_EVERY_S", 0.001)  # how often it checks whether that takes long
 
     def config(url: str) -> EndpointConfig:
         return EndpointConfig(endpoint=Endpoint(url)).with_info()
@@ -559,5 +559,5 @@ def test_the_trial_before_work_says_what_the_endpoint_refuses(monkeypatch: pytes
     ("asked", "waits_s"), [(None, 1.0), ("5", 5.0), ("86400", 30.0), ("Thu, 26 Nov 2026 13:00:00 GMT", 1.0)]
 )
 def test_no_answer_makes_a_job_wait_for_long(asked, waits_s):
-    """A job that stops waits for the end of a pause."""
+    """A job that stops waits until its pause ends."""
     assert pause_s(asked) == waits_s

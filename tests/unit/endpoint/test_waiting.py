@@ -1,4 +1,4 @@
-"""Several threads that wait for one endpoint speak with one voice."""
+"""Several threads that wait for one endpoint report it as one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.storage.retrying import Trouble, listen
 
 
 class Told:
-    """Everything that the listener of this process was told."""
+    """Return everything that this process's listener was told."""
 
     def __init__(self) -> None:
         self.told: list[Trouble | None] = []

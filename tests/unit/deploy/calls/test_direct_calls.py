@@ -1,4 +1,4 @@
-"""Calls without Serve's handshake: what a replica is asked, and what is counted."""
+"""Calls without Serve's handshake: which replica is asked, and what is counted."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_a_call_of_the_only_replica_has_no_handshake_unless_it_is_asked_for(
         answer = await result.get_rejection_response()
         assert answer is not None and answer.accepted
         router.on_new_queue_len_info(replica_id, answer.num_ongoing_requests)
-        assert router.replica_queue_len_cache.get(replica_id) == 2  # what this process has sent
+        assert router.replica_queue_len_cache.get(replica_id) == 2  # calls that this process has sent
         router._replicas = dict.fromkeys([replica_id, ReplicaID("another", deployment)], info)
         router.create_replica_wrapper(info).try_send_request(info, with_rejection=True)
         router.on_new_queue_len_info(replica_id, 5)
-        assert router.replica_queue_len_cache.get(replica_id) == 5  # what the replica has said
+        assert router.replica_queue_len_cache.get(replica_id) == 5  # the replica's own number
 
     asyncio.run(call())
     assert asked == [False, True, True]

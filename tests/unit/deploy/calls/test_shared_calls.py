@@ -12,7 +12,7 @@ from deploy.guard.callers import CALLER, Caller
 
 
 def test_shared_work_has_the_caller_and_not_the_task_of_its_request() -> None:
-    """Ray and Serve would cancel its calls when the client of this one request leaves."""
+    """Ray and Serve would cancel its calls when the client of this one request disconnects."""
 
     async def look() -> tuple[object, str, str, str]:
         request = serve_context._get_serve_request_context()

@@ -38,7 +38,7 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
-    """It was a traceback."""
+    """This used to be a traceback."""
     (tmp_path / "file").write_text("")
     for folder in ("file", "file/below"):
         assert main([str(tmp_path / folder)]) == 3
@@ -50,7 +50,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     ("arguments", "said"), [(["--hlep"], "did you mean --help?"), ([], "FOLDER must be given")]
 )
 def test_a_wrong_command_line_exits_with_3(arguments, said, capsys):
-    """It was 2, which in every other command means that too many rows failed."""
+    """The status used to be 2, which in every other command means that too many rows failed."""
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 3

@@ -53,7 +53,7 @@ MANIFESTS: dict[str, dict[str, Any]] = {
 
 
 def changed(kind: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """A manifest with values set, or taken away by None, at paths such as `spec/workerGroupSpecs/0`."""
+    """Return a manifest with values set, or removed by None, at paths such as `spec/workerGroupSpecs/0`."""
     manifest = copy.deepcopy(MANIFESTS[kind])
     for path, value in changes.items():
         *parents, last = path.split("/")

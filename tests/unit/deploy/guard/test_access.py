@@ -1,4 +1,4 @@
-"""Hosts, origins and keys: what a page in a browser, and a caller without a key, cannot do."""
+"""Hosts, origins and keys: what a page in a browser, or a caller without a key, cannot do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = {"alice": "key of alice", "bob": "key of bob"}
 
 
 async def who(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with the caller, as admission sees it."""
+    """Answer with the caller that admission sees."""
     caller = CALLER.get()
     answer = {"name": caller.name, "max_in_flight": caller.max_in_flight}
     await JSONResponse(answer)(scope, receive, send)
@@ -91,7 +91,7 @@ def test_a_listed_page_may_ask_and_read_answers_and_errors() -> None:
     ],
 )
 def test_a_listed_page_may_send_the_headers_that_its_client_adds(asked: str, allowed: str) -> None:
-    """A browser blocked OpenAI's client, which sends x-stainless-lang and others."""
+    """Browsers used to block OpenAI's client, which sends x-stainless-lang and other headers."""
     page = "https://app.example"
     given = {"access_control_request_method": "POST", "access_control_request_headers": asked}
     preflight = ask(Access(who, allowed_origins=[page]), "OPTIONS", origin=page, **given)
@@ -110,7 +110,7 @@ def test_a_listed_page_may_send_the_headers_that_its_client_adds(asked: str, all
     ],
 )
 def test_origins_that_no_browser_sends_are_refused(origin: str) -> None:
-    """The endpoint started, and then refused every request of the page."""
+    """The endpoint used to start, and then refuse every request of the page."""
     with pytest.raises(ValueError, match=r"allowed_origins must be an origin.* write scheme://host\[:port\]"):
         Settings(allowed_origins=(origin,))
 
@@ -166,7 +166,7 @@ def test_without_a_key_only_probes_and_pages_are_answered(keys: KeyFile, given: 
 
 
 def test_a_route_prefix_of_serve_opens_and_closes_the_same_paths(keys: KeyFile) -> None:
-    """Serve leaves the prefix in the path; admin routes would be open to every key."""
+    """Serve keeps the prefix in the path; otherwise admin routes would be open to every key."""
     access, key = Access(who, keys=keys), {"authorization": "Bearer key of alice"}
     assert error_of(ask(access, path="/models/admin/drain", root_path="/models", **key)) == (404, "not_found")
     assert ask(access, "GET", "/models/readyz", root_path="/models").status_code == 200

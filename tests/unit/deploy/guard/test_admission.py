@@ -1,4 +1,4 @@
-"""What a request costs, what is refused at a gateway's door, and when another try can help."""
+"""What a request costs, what a gateway refuses, and when a retry can help."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def admission(*, slots: int = 8, max_in_flight: int = 100, timeout_s: float = 5.
 
 @asynccontextmanager
 async def admit(door: Admission, cost: Cost) -> AsyncIterator[None]:
-    """Do as a gateway does for most requests."""
+    """Do what a gateway does for most requests."""
     async with door.serve(cost), door.slots(cost):
         yield
 
@@ -136,7 +136,7 @@ def test_scores_and_features_cost_a_step_per_image() -> None:
 
 
 async def test_batch_work_neither_waits_for_others_nor_makes_them_wait() -> None:
-    """It has slots of its own, twice those of the gateway, and what is beyond is refused at once."""
+    """Batch work has its own slots, twice the gateway's number, and more than that is refused at once."""
     door = admission(slots=8, max_in_flight=1)
     async with door.admit_batch(Cost(slots=10, steps=30)), door.admit_batch(Cost(slots=6, steps=30)):
         with pytest.raises(ApiError) as caught:
@@ -179,7 +179,7 @@ async def test_batch_work_ends_with_the_service_or_after_its_time_and_does_not_h
 
 
 async def test_batch_work_that_others_have_kept_waiting_is_not_said_to_be_too_long() -> None:
-    """A job gives up a text that is too long; it must not give up one that an endpoint had no room for."""
+    """A job gives up a text that is too long, but must not give up one for which an endpoint had no room."""
     door = admission(slots=1, timeout_s=0.05)
     async with door.admit_batch(CAPTION) as check:
         await asyncio.sleep(0.06)

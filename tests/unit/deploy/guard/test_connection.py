@@ -1,4 +1,4 @@
-"""A server with guarded connections: headers end, and what is no HTTP/1.1 request is answered in JSON."""
+"""A server with guarded connections: headers are bounded, and anything but HTTP/1.1 is answered in JSON."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ received: list[str] = []
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer at once, before the body has come; under /wait, wait for it."""
+    """Answer at once, before the body has arrived; under /wait, wait for it."""
     if scope["path"] == "/later":
-        await asyncio.sleep(0.02)  # what comes after this request is read meanwhile
+        await asyncio.sleep(0.02)  # meanwhile, data after this request is read
     if scope["path"] == "/late":
         await asyncio.sleep(0.02)
         received.append((await receive())["type"])
@@ -126,7 +126,7 @@ def test_what_is_no_request_is_400(request_: bytes) -> None:
 
 
 def test_a_body_that_is_no_body_is_400() -> None:
-    """The application is waiting for it, and learns that the client has left."""
+    """The waiting application must learn that the client has disconnected."""
     chunked = b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert refusal(send(chunked + b"ZZ\r\n")) == (400, "bad_http")
 
@@ -141,7 +141,7 @@ def test_a_body_that_is_no_body_is_400() -> None:
 )
 @pytest.mark.parametrize("num_before", [1, 3])
 def test_what_follows_a_request_and_is_none_does_not_take_its_answer(num_before: int, then: bytes) -> None:
-    """A body longer than its announced length closed the connection without any answer."""
+    """A body longer than its announced length used to close the connection without any answer."""
     good = b"POST /later HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody"
     answers = send(good * num_before + then)
     assert answers.count(b"HTTP/1.1 200") == answers.count(b"ok") == num_before
@@ -149,7 +149,7 @@ def test_what_follows_a_request_and_is_none_does_not_take_its_answer(num_before:
 
 
 def test_a_refusal_of_a_large_body_arrives() -> None:
-    """Reading was paused, as the application had not taken what had come: the client hung, and was reset."""
+    """Reading used to pause for an application that took no data: the client hung, and then was reset."""
 
     async def send_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         writer.write(b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -163,7 +163,7 @@ def test_a_refusal_of_a_large_body_arrives() -> None:
 
 
 def test_nothing_is_written_after_a_refusal() -> None:
-    """An application that asked for the body afterwards had an exception: 100 Continue could not be sent."""
+    """An application that asked for the body later used to get an exception about 100 Continue."""
     expects = b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\nZZ\r\n"
     received.clear()
 
@@ -190,7 +190,7 @@ def test_a_body_that_is_no_body_has_no_second_answer() -> None:
 
 
 def test_a_client_that_leaves_ends_its_request_though_another_waits_behind_it() -> None:
-    """Only the last request of the connection was told; the one that was served had its slots to its end."""
+    """Only a connection's last request used to be told; the one being served kept its slots to its end."""
 
     async def leave(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         paths = (b"wait", b"later")
@@ -202,14 +202,14 @@ def test_a_client_that_leaves_ends_its_request_though_another_waits_behind_it() 
 
 
 def test_trailers_are_no_headers() -> None:
-    """They came behind all checks: a key that a proxy in front had taken away, or a second Host."""
+    """They used to arrive after all checks: a key that a front proxy had removed, or a second Host."""
     chunked = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
     answer = send(chunked + b"3\r\nabc\r\n0\r\nAuthorization: Bearer key\r\nHost: y\r\n\r\n")
     assert b"abc host transfer-encoding connection\n" in answer
 
 
 def test_trailers_that_never_end_are_431() -> None:
-    """The parser keeps them: 48 MiB of them took 93 MiB."""
+    """The parser keeps them: 48 MiB of them used to take 93 MiB."""
 
     async def send_trailers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         chunked = b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
@@ -223,7 +223,7 @@ def test_trailers_that_never_end_are_431() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 1000])
 def test_a_request_that_offers_an_upgrade_keeps_its_body(at_once: int) -> None:
-    """Java's HttpClient offers h2c with each first request. Its body was dropped, with what came after it."""
+    """Java's HttpClient offers h2c with each first request. Its body and what followed used to be dropped."""
     offer = b"Host: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
     post = b"POST /echo HTTP/1.1\r\n%bContent-Length: 3\r\n\r\nabc" % offer
     last = b"GET / HTTP/1.1\r\n%bConnection: close\r\n\r\n" % offer
@@ -269,7 +269,7 @@ def test_a_connection_is_kept_and_its_next_request_has_its_own_time(monkeypatch:
     ],
 )
 def test_an_answer_before_the_end_of_a_body_arrives(request_: bytes) -> None:
-    """The connection was reset; nginx, which speaks HTTP/1.0 by default, made it a 502 of its own."""
+    """The connection used to be reset; nginx, which uses HTTP/1.0 by default, made it a 502 of its own."""
 
     async def send_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         writer.write(request_)
@@ -283,7 +283,7 @@ def test_an_answer_before_the_end_of_a_body_arrives(request_: bytes) -> None:
 
 
 def test_a_body_that_comes_after_its_answer_is_read_slowly() -> None:
-    """Clients whose uploads were refused had the proxy read 150 MiB a second for nothing."""
+    """Clients whose uploads were refused used to make the proxy read 150 MiB a second for nothing."""
     num_bytes = 2 << 20
     began_s = time.monotonic()
     body = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % num_bytes + bytes(num_bytes)
@@ -299,7 +299,7 @@ def test_an_upgrade_is_answered_as_the_plain_request_that_it_also_is() -> None:
 
 
 def test_http_1_0_gets_a_stream_without_chunks() -> None:
-    """Its clients and proxies took the sizes of the chunks for a part of the answer."""
+    """HTTP/1.0 clients and proxies used to take the sizes of the chunks for a part of the answer."""
     head, _, body = send(b"GET /stream HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
     assert body == b"one two" and b"transfer-encoding" not in head and b"connection: close" in head
     assert send(b"GET /stream HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").endswith(b"0\r\n\r\n")

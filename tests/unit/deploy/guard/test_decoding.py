@@ -42,7 +42,7 @@ def test_the_header_tells_the_pixels(format: str, options: dict[str, object]) ->
 
 
 def test_the_header_of_os2_tells_the_pixels_too() -> None:
-    """Read as Windows' it claims millions, and a picture that claims too many is refused."""
+    """Read like Windows' header, it claims millions, and a picture that claims too many is refused."""
     image = b"BM" + struct.pack("<IHHI", 26 + 8, 0, 0, 26) + struct.pack("<IHHHH", 12, 1, 2, 1, 24) + bytes(8)
     assert Image.open(io.BytesIO(image)).size == (1, 2)
     assert claimed_pixels(image) == 2
@@ -73,7 +73,7 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Decoding]:
 
 
 def test_only_the_usual_processes_start_with_the_service(lanes: Decoding) -> None:
-    """A first request should not wait for a process; most services never meet a large picture."""
+    """A first request should not wait for a process to start; most services never get a large picture."""
     assert all(process.sandbox for process in lanes._usual._pool._processes)
     assert not any(process.sandbox for process in lanes._large._pool._processes)
 

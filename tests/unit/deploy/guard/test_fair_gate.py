@@ -1,4 +1,4 @@
-"""Who is let in when: small work ahead, callers in turn, and nothing is lost when a caller leaves."""
+"""The order of admission: small work first, callers in turn; nothing is lost when a caller leaves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL, LARGE = 10, 1000
 
 
 class Line:
-    """Requests at a gate; a finished test sees in which order they were let in."""
+    """Requests at a gate, and the order in which they were let in."""
 
     def __init__(self, gate: FairGate) -> None:
         self.gate = gate
@@ -39,7 +39,7 @@ class Line:
         await settle()
 
     async def leave_one_after_the_other(self) -> list[str]:
-        """Have everybody leave in the order they came in; return the order."""
+        """Make all requests leave in the order in which they came in; return the order."""
         for name in self.let_in:  # it grows
             if name in self._leave:
                 await self.leave(name)
@@ -93,7 +93,7 @@ async def test_large_work_is_not_starved_by_small_work() -> None:
 
 
 async def test_large_work_of_several_units_is_not_starved_by_small_work() -> None:
-    """Each unit that was freed went to a small request, so that several were never free at once."""
+    """Each freed unit used to go to a small request, so that several were never free at once."""
     line = Line(FairGate(8, small_work=SMALL, kept_for_small=4))
     for n in range(8):
         await line.ask(f"first {n}", SMALL)
@@ -106,7 +106,7 @@ async def test_large_work_of_several_units_is_not_starved_by_small_work() -> Non
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_small_work_waits_only_while_it_has_what_is_kept_for_it(seed: int) -> None:
-    """Large requests of all sizes come all the time, and small ones leave and come one by one."""
+    """Large requests of all sizes keep coming, and small ones leave and come one by one."""
     chosen, gate = random.Random(seed), FairGate(16, small_work=SMALL, kept_for_small=8)
     line = Line(gate)
     for n in range(400):
@@ -145,7 +145,7 @@ async def test_who_gives_up_in_line_holds_nothing() -> None:
 
 
 async def test_a_caller_does_not_wait_for_what_it_has_given_up() -> None:
-    """Whose requests ran into their time limit was behind all others from then on."""
+    """A caller whose requests reached their time limit used to be behind all others from then on."""
     line = Line(FairGate(1, small_work=SMALL))
     await line.ask("running", LARGE, caller="modest")
     for n in range(20):

@@ -1,4 +1,4 @@
-"""The front around a stand-in for Serve's proxy: what is refused, what goes through, and in which shape."""
+"""The front around a stand-in for Serve's proxy: what is refused, what passes, and in which form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from deploy.http.errors import ApiError, full, overloaded, unavailable
 
 
 class Proxy:
-    """Reads the whole body, as Serve's proxy does, and answers what the test asks for."""
+    """Reads the whole body, as Serve's proxy does, and replies as the test asks."""
 
     def __init__(self, code: int = 200, kind: bytes = b"application/json") -> None:
         self.code = code
@@ -109,7 +109,7 @@ def test_what_would_be_read_two_ways_or_decoded_slowly_is_refused(headers: Any, 
     ],
 )
 def test_a_refusal_has_a_request_id(headers: dict[str, str], request_id: str) -> None:
-    """As all answers of the gateway have, so that a caller finds out which of its requests was refused."""
+    """As with all answers of the gateway, callers can then tell which of their requests was refused."""
     assert re.fullmatch(request_id, ask(Front(Proxy()), headers=headers).headers["x-request-id"])
 
 
@@ -172,7 +172,7 @@ def test_serves_own_answers_have_our_shape(code: int, expected: tuple[int, str])
 
 
 def test_a_path_outside_of_all_routes_is_no_reason_to_try_again() -> None:
-    """Clients asked for it again and again, because it was the answer of an application that starts."""
+    """Clients used to retry forever, because the answer was that of an application that is starting."""
     serve = Proxy(404, b"text/plain; charset=utf-8")
     serve.routes = b'{"/blip2": "blip2"}'
     answer = ask(Front(serve), path="/v1/caption")
@@ -205,7 +205,7 @@ def test_options_of_the_server_as_a_whole() -> None:
 
 
 class Gateways(Proxy):
-    """Holds requests until they are let go, and refuses those beyond its limit."""
+    """Holds requests until they are released, and refuses those beyond its limit."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class Gateways(Proxy):
 
 
 def test_the_front_refuses_what_the_gateways_would_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offered five times what the endpoint can do, refusals waited for seconds in the gateways."""
+    """Offered five times what the endpoint can serve, refusals used to wait for seconds in the gateways."""
     monkeypatch.setattr(front, "MIN_LIMIT", 4)
 
     async def flood() -> None:
@@ -249,7 +249,7 @@ def test_the_front_refuses_what_the_gateways_would_refuse(monkeypatch: pytest.Mo
             answer = await post()
             assert error_of(answer) == (503, "overloaded") and answer.headers["retry-after"] == "8"
             assert serve.num_asked == 7, "the front has answered"
-            # Batch work has a limit of its own; probes and operators have none.
+            # Batch work has its own limit; probes and operators have none.
             await post("/v1/batch")
             await post("/admin/drain")
             assert serve.num_asked == 9 and guarded._limit.value == 6
@@ -277,7 +277,7 @@ def test_the_front_refuses_what_the_gateways_would_refuse(monkeypatch: pytest.Mo
     [(unavailable("it ends"), 80.0), (overloaded("no engine can take it"), 80.0), (full(9, 1.0), 64.0)],
 )
 def test_only_a_full_gateway_lowers_the_limit(refusal: ApiError, limit: float) -> None:
-    """A gateway that ends, or whose engine has died, says nothing of the next one.
+    """A gateway that ends, or whose engine has died, tells nothing about the next one.
 
     A few requests never wait long for a refusal.
     """
@@ -295,7 +295,7 @@ def test_only_a_full_gateway_lowers_the_limit(refusal: ApiError, limit: float) -
 
 
 def test_what_gateways_do_not_limit_with_the_others_takes_none_of_their_places() -> None:
-    """Batch work lasts long, and a job sends much of it: it must not make the front refuse captions."""
+    """Batch work takes long, and a job sends much of it: the front must not refuse captions because of it."""
 
     async def send_both() -> httpx.Response:
         serve = Gateways(limit=100)
@@ -358,7 +358,7 @@ def test_a_body_that_pauses_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_body_is_passed_on_when_all_of_it_is_here() -> None:
-    """Each piece of a slow upload once took memory in the gateway and in Ray's object store too."""
+    """Each piece of a slow upload used to take memory in the gateway and in Ray's object store too."""
     serve = Proxy()
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -371,7 +371,7 @@ def test_a_body_is_passed_on_when_all_of_it_is_here() -> None:
 
 
 def test_a_small_body_goes_with_its_request() -> None:
-    """Two calls back to the proxy, for the body and for the end of the connection, were most of its cost."""
+    """Two calls back to the proxy, for the body and for the connection's end, used to be most of the cost."""
 
     async def pieces() -> AsyncIterator[bytes]:
         yield b"chunked"
@@ -386,7 +386,7 @@ def test_a_small_body_goes_with_its_request() -> None:
 
 @pytest.fixture
 def gateway_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this process take bodies as that of a gateway does, until the end of the test."""
+    """Make this process accept bodies as a gateway's process does, until the end of the test."""
     monkeypatch.setattr(replica, "ASGIReceiveProxy", replica.ASGIReceiveProxy)
     monkeypatch.setattr(
         StreamingHTTPRequest, "receive_asgi_messages", StreamingHTTPRequest.receive_asgi_messages
@@ -420,7 +420,7 @@ def test_the_gateway_asks_the_proxy_only_for_a_body_that_was_not_passed(
 
 
 def test_a_client_that_leaves_while_its_body_is_fetched_is_no_failure(gateway_process: None) -> None:
-    """The proxy cancels the call that fetches it; of a hundred such requests, one was counted as 500."""
+    """The proxy cancels the call that fetches it; one of a hundred such requests used to count as 500."""
 
     async def cancelled(_: object) -> bytes:
         raise TaskCancelledError
@@ -458,7 +458,7 @@ def test_the_gateway_looks_up_the_proxy_only_to_ask_it(
     ("media", "code"), [("Application/JSON; charset=utf-8", 400), ("image/png", 200), ("", 200)]
 )
 def test_json_of_too_many_values_is_refused_before_most_of_it_is_here(media: str, code: int) -> None:
-    """A gateway refuses it too, after both processes have copied all of it several times."""
+    """A gateway also refuses it, but after both processes have copied all of it several times."""
     num_sent = 0
 
     async def lists() -> AsyncIterator[bytes]:
@@ -495,7 +495,7 @@ def test_a_client_that_leaves_in_its_body_is_no_refusal() -> None:
 def test_a_client_that_leaves_gets_no_answer_and_counts_as_none(
     is_whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was logged and counted as a gateway that had ended."""
+    """It used to be logged and counted as a gateway that had ended."""
     counted: list[object] = []
     monkeypatch.setattr(front.FRONT_ANSWERS, "inc", lambda *answer: counted.append(answer))
     sent: list[Message] = []
@@ -526,7 +526,7 @@ def test_a_client_that_leaves_gets_no_answer_and_counts_as_none(
 
 
 def test_a_refused_body_is_freed_with_its_request() -> None:
-    """The traceback of the refusal kept the body until Python looked for circles."""
+    """The refusal's traceback used to keep the body until Python collected cycles."""
 
     class Watched(dict[str, Any]):
         """A message that can have a weak reference."""
@@ -558,7 +558,7 @@ def small_front(serve: Proxy) -> Front:
 
 
 def test_a_body_with_more_bytes_than_a_client_may_have_is_413() -> None:
-    """It was told to try again later, for ever."""
+    """It used to be told to retry later, forever."""
     front = small_front(Proxy())
     assert ask(front, content=bytes(4 << 20)).status_code == 200
 
@@ -569,12 +569,12 @@ def test_a_body_with_more_bytes_than_a_client_may_have_is_413() -> None:
     for body in (bytes((4 << 20) + 1), undeclared()):
         answer = ask(front, content=body)
         assert error_of(answer) == (413, "too_large") and "retry-after" not in answer.headers
-    # What was held has been given back, however the request ended.
+    # All reserved bytes are released, however the request ended.
     assert front._uploads.num_bytes == 0 and not front._uploads.num_claimed_of
 
 
 async def test_what_a_client_announces_counts_before_it_is_here() -> None:
-    """Its bodies began side by side, and each of those that did not fit had been read almost to its end."""
+    """Its bodies used to start side by side, and those that did not fit were read almost to their end."""
     held = Uploads(8 << 20)
 
     async def receive() -> Message:
@@ -593,7 +593,7 @@ async def test_what_a_client_announces_counts_before_it_is_here() -> None:
     assert (await second())["type"] == "http.disconnect"
     assert second.refusal is not None and second.refusal.code == 429
     assert second.refusal.response().headers["retry-after"] == "10"
-    # A small body, and one of another client, go on.
+    # A small body, and one of another client, still pass.
     others = [body_of("a", 1 << 20), body_of("b", 4 << 20)]
     tasks = [asyncio.create_task(other()) for other in others]
     await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""The key file: made by its command, read again when it changes, and never shown."""
+"""The key file: written by its command, reread when it changes, and never shown."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_keys_are_rotated_by_writing_the_file(tmp_path: Path, capsys, caplog) ->
     file = KeyFile(str(path))
     path.write_text(old_line + new_line)
     assert file.caller_of(old_key) and file.caller_of(new_key_)
-    replacement = tmp_path / "new"  # as Kubernetes does it: another file takes the place
+    replacement = tmp_path / "new"  # as Kubernetes does it: another file replaces it
     replacement.write_text(new_line)
     os.replace(replacement, path)
     assert file.caller_of(old_key) is None and file.caller_of(new_key_)

@@ -1,4 +1,4 @@
-"""A service without a cluster, whose engine and decoding run in this process: what the routes answer."""
+"""A service without a cluster, whose engine and decoding run in this process, for tests of the routes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SIDE_PX = FakeEngineConfig().image_size_px
 
 
 class Replicas:
-    """Stands for all replicas; the test of the running endpoint has real ones."""
+    """Stands for all replicas; the tests of the running endpoint have real ones."""
 
     def __init__(self) -> None:
         self.calls: list[bool | str] = []
@@ -56,10 +56,10 @@ class Replicas:
 
 
 class EngineService(Service):
-    """Decodes in this process, and admits nearly everything; it notes what was admitted."""
+    """Decodes in this process, admits nearly everything, and records what was admitted."""
 
     open_ones: ClassVar[list[EngineService]] = []
-    """FastAPI keeps some of the last services that were made: none ends by itself."""
+    """FastAPI keeps references to some of the latest services, so none ends by itself."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class EngineService(Service):
         self.costs: list[Cost] = []
         self.num_in_flight = 0
         self.full: ApiError | None = None
-        """Raised in place of admitting."""
+        """Raised instead of admitting."""
         self.open_ones.append(self)
 
     def close(self) -> None:

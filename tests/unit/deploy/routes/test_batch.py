@@ -1,4 +1,4 @@
-"""`POST /v1/batch`: decoded images and texts in one form, results in lines, all at low priority."""
+"""`POST /v1/batch`: decoded images and texts in one form, results as lines, all at low priority."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_each_text_gets_the_result_of_the_engine(service: EngineService) -> None
 
 
 def test_scores_and_features_are_those_of_the_engine(service: EngineService, monkeypatch) -> None:
-    """Positions go through texts, scores and features; no call of the engine has more than a few of them."""
+    """Positions count texts, scores and features; no call of the engine has more than a few of them."""
     scored = [{"image": 1, "text": "a dog", "prompt": "a photo of"}, {"image": 2, "text": "x" * 2000}]
     scored += [{"image": n % 2, "text": f"text {n}"} for n in range(20)]
     engine = service.captioner._actor.engine
@@ -142,7 +142,7 @@ def test_what_is_wrong_is_named(service: EngineService, pixels: bytes, texts: li
 
 
 def test_the_texts_of_a_batch_are_bounded_together(service: EngineService) -> None:
-    """8 MB in one prompt kept the engine busy for 12 s. A job sends what is refused one by one."""
+    """8 MB in one prompt used to keep the engine busy for 12 s. A job resends refused texts one by one."""
     for fields in ({"texts": [{"prompt": "x"}] * 2}, {"texts": [], "scores": [{"text": "x", "prompt": "x"}]}):
         long = json.loads(json.dumps(fields).replace('"x"', f'"{"x" * (batch.MAX_BATCH_CHARS // 2 + 1)}"'))
         assert "1048576 characters together" in error_of(send(service, npy(IMAGES), **long))[2]
@@ -150,7 +150,7 @@ def test_the_texts_of_a_batch_are_bounded_together(service: EngineService) -> No
 
 
 def test_pixels_come_in_a_form(service: EngineService) -> None:
-    """JSON was documented, and refused by what a field holds."""
+    """JSON used to be documented, but refused because of a field's type."""
     answer = ask(service, "POST", "/v1/batch", json={"pixels": "AAAA", "texts": [{}]})
     assert error_of(answer)[:2] == (415, "unsupported_media_type")
     content = service.api.openapi()["paths"]["/v1/batch"]["post"]["requestBody"]["content"]
@@ -159,7 +159,7 @@ def test_pixels_come_in_a_form(service: EngineService) -> None:
 
 
 def test_a_dtype_without_a_model_is_refused(service: EngineService) -> None:
-    """It was ignored."""
+    """It used to be ignored."""
     assert error_of(send(service, npy(IMAGES), [{}], dtype="float16"))[0] == 400
 
 

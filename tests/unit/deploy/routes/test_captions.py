@@ -86,13 +86,13 @@ def test_every_form_of_a_request_is_the_same_call(service: EngineService, number
     assert response.status_code == 200, response.text
     text = caption_of(IMAGE, "a photo of")
     assert response.json()["captions"] == [text, f"{text} 1"]
-    # What the caller leaves out takes the default of the service, not that of the engine.
+    # An option that the caller leaves out takes the service's default, not the engine's.
     assert service.costs[-1] == Cost(slots=3, steps=7)
     assert service.num_in_flight == 0
 
 
 def test_options_may_stand_in_the_query_and_in_the_body_each_once(service: EngineService) -> None:
-    """Two options in two places were refused as if the same one had been given twice."""
+    """Options given in two places used to be refused as if one had been given twice."""
     image, files = {"image": base64_of(IMAGE)}, {"image": ("a.png", IMAGE)}
     bodies: list[dict[str, Any]] = [
         {"json": image | {"options": {"num_beams": 2}}},
@@ -292,7 +292,7 @@ def test_one_of_many_images_that_is_none_does_not_refuse_the_others(service: Eng
 
 @pytest.mark.parametrize("value", [None, 5, {}, ["x"]], ids=repr)
 def test_images_that_are_no_strings_refuse_the_request(service: EngineService, value: object) -> None:
-    """The document of the interface says strings, so a client that sends others is wrong throughout."""
+    """The interface documents strings, so a client that sends other types is wrong everywhere."""
     response = post(service, "/v1/captions", images=[base64_of(png(1)), value])
     assert error_of(response)[:2] == (400, "bad_request")
     assert "each of images must be a string" in response.text
@@ -301,7 +301,7 @@ def test_images_that_are_no_strings_refuse_the_request(service: EngineService, v
 def test_the_images_of_one_request_come_a_few_at_a_time(
     service: EngineService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One request must not fill the line in front of all others."""
+    """One request must not fill the queue ahead of all others."""
     running: list[int] = []
     most = 0
     make = service.make
@@ -321,7 +321,7 @@ def test_the_images_of_one_request_come_a_few_at_a_time(
 
 
 def test_many_images_are_one_request_of_their_caller(caplog: pytest.LogCaptureFixture) -> None:
-    """Admitted one by one, those that ran at the same time used up the quota of their own caller."""
+    """Requests admitted one by one at the same time used to use up the quota of their own caller."""
     service = EngineService()
     service._admission = Admission(slots=8, max_in_flight=1, timeout_s=60)
     service.api.add_middleware(AccessLog)
@@ -340,7 +340,7 @@ def test_many_images_are_one_request_of_their_caller(caplog: pytest.LogCaptureFi
 
 
 class SlowService(EngineService):
-    """Decodes the first image at once, and the others when the test lets it."""
+    """Decodes the first image at once, and the others when the test allows it."""
 
     def __init__(self, timeout_s: float, first: bytes | None = None) -> None:
         super().__init__()
@@ -375,7 +375,7 @@ def test_a_drain_waits_for_all_images_of_a_request_that_has_begun() -> None:
 
 
 def test_the_time_of_a_request_is_that_of_all_its_images() -> None:
-    """It began anew with each image, so that a request outlasted what a drain allows for."""
+    """The time used to restart with each image, so that a request outlasted the limit of a drain."""
     images = [png(seed) for seed in range(2 * AT_ONCE)]
     answers = []
     for first in (images[0], None):
@@ -388,7 +388,7 @@ def test_the_time_of_a_request_is_that_of_all_its_images() -> None:
 
 
 def test_an_image_whose_line_was_not_sent_in_time_has_one_too() -> None:
-    """A client that read slowly got no line for the image that was being sent when the time was over."""
+    """A slow client used to get no line for the image that was being sent when the time ran out."""
     service = EngineService()
     service._admission = Admission(slots=8, max_in_flight=8, timeout_s=0.5)
     images = [png(seed) for seed in range(3)]
@@ -397,7 +397,7 @@ def test_an_image_whose_line_was_not_sent_in_time_has_one_too() -> None:
 
     async def send(line: dict[str, Any]) -> None:
         if len(sent) == 1:
-            await asyncio.sleep(1)  # which the end of the time ends
+            await asyncio.sleep(1)  # interrupted when the time runs out
         sent.append(line)
 
     asyncio.run(_caption_all(service, body, send))
@@ -422,7 +422,7 @@ def test_a_full_service_refuses_streams_with_a_code() -> None:
 
 
 def test_the_options_of_the_service_are_those_of_answers_too() -> None:
-    """Only the best text of an answer is reported, however many captions the service makes."""
+    """An answer reports only its best text, however many captions the service makes."""
     service = EngineService(options=GenerationOptions(num_beams=4, num_return_sequences=4))
     answer = post(service, "/v1/caption", image=base64_of(IMAGE), ask={"color": QUESTION}).json()
     assert len(answer["captions"]) == 4
@@ -430,7 +430,7 @@ def test_the_options_of_the_service_are_those_of_answers_too() -> None:
 
 
 def test_an_accepted_image_without_its_end_is_flagged() -> None:
-    """The job gives such rows the same flag; the endpoint refused the setting."""
+    """The job gives such rows the same flag, but the endpoint used to refuse the setting."""
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(file, "JPEG")
     whole = file.getvalue()

@@ -1,7 +1,7 @@
-"""Requests that Schemathesis generates from the endpoint's own schema, and hostile ones next to them.
+"""Requests that Schemathesis generates from the endpoint's own schema, together with hostile ones.
 
-No cluster is needed: the routes run in this process with a fake engine. Every answer must be documented, in
-its documented shape, and no request may be a 500.
+No cluster is needed: the routes run in this process with a fake engine. Every answer must be documented, and
+match its documented shape, and no request may cause a 500.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHECKS = [
 ]
 
 
-# A body of megabytes must be refused for what is wrong in it: Schemathesis does not take 413 for a refusal.
+# A body of megabytes must be refused for its content, because Schemathesis does not count 413 as a refusal.
 SERVICE = EngineService(image_policy=FetchPolicy(hosts=(), max_bytes=16 << 20))
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_api(SERVICE))
 
@@ -61,16 +61,16 @@ TYPES = [
 @SCHEMA.parametrize()
 @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_generated_requests_get_documented_answers(case: schemathesis.Case) -> None:
-    # A field of a form is text: an object in its place is sent as the text of it, which is right.
+    # A form field is text: an object in its place is sent as its text, which is correct.
     is_form = case.media_type == "multipart/form-data"
-    # A missing key is refused in front of the routes, by `Access`.
+    # `Access`, in front of the routes, refuses a missing key.
     needs_key = case.path.startswith("/admin/")
     has_all = not (is_form or needs_key)
     case.call_and_validate(checks=[one for one in CHECKS if has_all or one is not negative_data_rejection])
 
 
 def test_hostile_requests_get_errors_of_our_shape() -> None:
-    """Surrogates, charsets and headers in every place where a client can put them."""
+    """Surrogates, charsets and headers, wherever a client can put them."""
     image = base64_of(png())
 
     async def send_all() -> list[httpx.Response]:

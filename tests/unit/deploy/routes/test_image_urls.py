@@ -1,4 +1,4 @@
-"""Images that requests name by URL: from allowed hosts alone, on every route, and never on the event loop."""
+"""Images that requests name by URL: only from allowed hosts, on every route, never on the event loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PRIVATE = [
 
 @contextmanager
 def image_server(may_answer: threading.Event | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Serve `/image`, `/large` and `/to/URL`, a redirect; yield the address and the paths asked for."""
+    """Serve `/image`, `/large` and `/to/URL`, a redirect; yield the address and the requested paths."""
     paths: list[str] = []
 
     class Images(BaseHTTPRequestHandler):
@@ -168,7 +168,7 @@ def test_a_slow_host_leaves_the_event_loop_free_and_keeps_its_thread() -> None:
         second = asyncio.create_task(fetching.fetch(image))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        left.cancel()  # its caller has gone, but the thread still waits for the host
+        left.cancel()  # its caller has left, but the thread still waits for the host
         await asyncio.wait([left])
         assert fetching._gate._waiting and not second.done()
         may_answer.set()

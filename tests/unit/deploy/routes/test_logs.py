@@ -1,4 +1,4 @@
-"""No log line holds what callers send: their images, prompts and keys, whatever becomes of the request."""
+"""No log line contains what callers send: images, prompts and keys, whatever happens to the request."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ REQUESTS: list[tuple[int, str, dict[str, Any]]] = [
 
 @pytest.fixture
 def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """Every line of every logger, except those of the client of this test."""
+    """Yield every line of every logger, except those of this test's client."""
     caplog.set_level(logging.WARNING, "httpx")
     caplog.set_level(logging.DEBUG, "ray.serve")
     caplog.set_level(logging.DEBUG)  # the last call sets the level of the handler too
@@ -72,7 +72,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 class Endpoint:
-    """The front, keys and routes, in the order in which a request meets them; the server logs exceptions."""
+    """The front, the keys and the routes, in the order of a request's path; the server logs exceptions."""
 
     def __init__(self, folder: Path) -> None:
         keys = folder / "keys.txt"

@@ -1,4 +1,4 @@
-"""OpenAI's routes through the `openai` client itself, and what BLIP-2 refuses."""
+"""OpenAI's routes with the `openai` client itself, and the features that BLIP-2 refuses."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_completion_is_the_caption_of_the_text(service: EngineService) -> None
 def test_the_system_fingerprint_follows_the_options_of_the_service(
     service: EngineService,
 ) -> None:
-    """A request that leaves them out gets other texts then."""
+    """A request that leaves the options out then gets other texts."""
     others = EngineService(options=GenerationOptions(max_new_tokens=8))
     asked = [(service, {}), (service, {"max_tokens": 3}), (others, {})]
     first, same, other = (chat(one, **fields).json()["system_fingerprint"] for one, fields in asked)
@@ -134,7 +134,7 @@ def test_the_chunks_are_those_of_openai(service: EngineService) -> None:
 
 
 def test_a_choice_says_how_sure_it_is_as_a_caption_does(service: EngineService) -> None:
-    """The client keeps fields that OpenAI does not have."""
+    """The client keeps fields that OpenAI does not define."""
 
     def calibrate(asked: EngineService, calibration: Calibration) -> EngineService:
         asked._models.first = replace(asked.first, calibration=calibration)
@@ -206,7 +206,7 @@ def test_log_probabilities_are_those_of_the_tokens_of_the_text(
 
 
 def test_a_stream_of_sampled_beams_has_the_choices_of_the_completion(bytewise: EngineService) -> None:
-    """It made a search of its own for each choice, with another seed."""
+    """A stream used to make a separate search for each choice, with another seed."""
     options = GenerationOptions(max_new_tokens=12, do_sample=True, num_beams=4, temperature=3.0)
     first = bytewise.first
     with pytest.MonkeyPatch.context() as patch:
@@ -288,7 +288,7 @@ def test_samples_without_a_seed_differ_and_greedy_leaves_beams(service: EngineSe
 
 
 LONG_TEXT = {"type": "text", "text": "x" * 8192}
-"""Of legal length alone. While an engine split 8 MB of such parts into tokens, all others waited for 9 s."""
+"""Each part has a legal length. An engine used to split 8 MB of them for 9 s, while all others waited."""
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_what_blip2_cannot_do_is_refused_by_name(
 def test_values_that_ask_for_nothing_are_accepted(
     service: EngineService, neutral: dict[str, Any], other: dict[str, Any]
 ) -> None:
-    """Frameworks fill them in."""
+    """Frameworks fill these fields in."""
     assert chat(service, **neutral).json()["choices"] == chat(service).json()["choices"]
     assert error_of(chat(service, **other))[0] == 400
 
@@ -415,5 +415,5 @@ def test_the_task_of_hugging_face(service: EngineService) -> None:
 def test_what_is_given_twice_to_the_task_is_refused(
     service: EngineService, parameters: dict[str, Any], said: str
 ) -> None:
-    """One of the two was ignored, or said to be no field."""
+    """One of the two used to be ignored, or reported as an unknown field."""
     assert said in error_of(post(service, "/", inputs=base64_of(IMAGE), parameters=parameters))[2]

@@ -1,4 +1,4 @@
-"""What describes the service: pages that work alone, and a schema that tells all."""
+"""The pages that describe the service work without others, and the schema is complete."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_pages_load_nothing_from_elsewhere(service: EngineService, path: str) ->
 
 
 def test_each_model_of_the_document_has_a_name_of_its_own() -> None:
-    """Two had the same, and the answers of one route were documented with the columns of another."""
+    """Two used to share a name, so one route's answers were documented with the columns of another."""
 
     def below(model: type[BaseModel]) -> Iterator[str]:
         for one in model.__subclasses__():
@@ -93,7 +93,7 @@ def test_every_route_is_documented_with_its_answers(service: EngineService) -> N
             if method == "post" and not path.startswith("/admin/"):
                 assert {"400", "413", "415", "422", "503", "504"} <= operation["responses"].keys(), path
                 assert "requestBody" in operation, path
-            # What `Access` and Serve's proxy answer for any route, in our shape.
+            # The answers that `Access` and Serve's proxy give on any route, in our format.
             errors = {code: one for code, one in operation["responses"].items() if int(code) >= 400}
             assert {"400", "403", "503"} <= errors.keys(), path
             assert all("ErrorAnswer" in str(one["content"]) for one in errors.values()), path

@@ -1,4 +1,4 @@
-"""What is refused, with which code, and that nothing is ignored; no cluster is needed."""
+"""Bad requests are refused with the right code, and nothing is ignored; no cluster is needed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def post_json(service: EngineService, body: bytes) -> httpx.Response:
 def test_wrong_fields_are_refused_by_name(
     service: EngineService, fields: dict[str, object], named: str
 ) -> None:
-    # 1e999 is valid JSON, and infinity when it is read.
+    # 1e999 is valid JSON, and is read as infinity
     body = json.dumps({"image": base64_of(IMAGE)} | fields).replace("Infinity", "1e999")
     code, kind, message = error_of(post_json(service, body.encode()))
     assert (code, kind) == (400, "bad_request")
@@ -126,7 +126,7 @@ def test_another_content_type_is_415(
 
 @pytest.mark.parametrize("charset", ["utf-7", "punycode", "zlib_codec", "klingon"])
 def test_a_form_is_in_utf8(service: EngineService, charset: str) -> None:
-    """Some charsets decode in quadratic time, and others are no charsets."""
+    """Some charsets decode in quadratic time, and others do not exist."""
     body = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nab\r\n--b--\r\n'
     headers = {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}
     response = ask(service, "POST", "/v1/caption", content=body, headers=headers)
@@ -135,7 +135,7 @@ def test_a_form_is_in_utf8(service: EngineService, charset: str) -> None:
 
 @pytest.mark.parametrize("text", [r'"\ud83d": 1', r'"prompt": "\ud83d"', r'"options": {"\ude00": 1}'])
 def test_half_a_character_anywhere_in_json_is_400(service: EngineService, text: str) -> None:
-    """A lone surrogate in the name of a field or option was a 500: the message could not be sent."""
+    """A lone surrogate in a field's or option's name used to cause a 500: the message could not be sent."""
     body = f'{{"image": "{base64_of(IMAGE)}", {text}}}'.encode()
     code, kind, message = error_of(post_json(service, body))
     assert (code, kind) == (400, "bad_request") and "surrogate" in message
@@ -144,7 +144,7 @@ def test_half_a_character_anywhere_in_json_is_400(service: EngineService, text: 
 
 
 def test_json_of_a_great_many_values_is_400(service: EngineService, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parsing takes memory and time by the value, not by the byte."""
+    """The memory and time of parsing depend on the number of values, not of bytes."""
     body = f'{{"image": "{base64_of(IMAGE)}", "prompt": "a, b, c"}}'.encode()
     monkeypatch.setattr("deploy.http.request_body.MAX_COMMAS", 3)
     assert post_json(service, body).status_code == 200
@@ -155,11 +155,11 @@ def test_json_of_a_great_many_values_is_400(service: EngineService, monkeypatch:
 
 @pytest.mark.parametrize("name", ["prompt", "options", "other"])
 def test_json_that_is_too_deep_is_400(service: EngineService, name: str) -> None:
-    """What looks at a value later has less stack than the parser: a list in an option was a 500."""
+    """Later checks have less stack than the parser: a list in an option used to cause a 500."""
     for depth in (63, 64, 500, 960, 100_000):
         nested = "[" * (depth - 1) + "]" * (depth - 1)
         value = f'{{"stop": {nested[1:-1]}}}' if name == "options" else nested
-        # Beyond 64 KiB, a body is parsed in a thread, whose stack has more room.
+        # Beyond 64 KiB, a body is parsed in a thread, whose stack is larger.
         body = f'{{"image": "{base64_of(IMAGE)}", "{name}": {value}}}'.encode() + b" " * 70_000
         code, kind, message = error_of(post_json(service, body))
         assert (code, kind) == (400, "bad_request")
@@ -167,7 +167,7 @@ def test_json_that_is_too_deep_is_400(service: EngineService, name: str) -> None
 
 
 def test_the_message_names_what_is_misspelled(service: EngineService) -> None:
-    """Not that the image is missing, which is only the consequence."""
+    """The message does not say that the image is missing, which is only the consequence."""
     for files in ({"file": ("a.png", IMAGE)}, {"imgae": ("a.png", IMAGE)}):
         [name] = files
         assert f"{name} is not a field" in error_of(ask(service, "POST", "/v1/caption", files=files))[2]
@@ -188,7 +188,7 @@ def test_the_message_names_what_is_misspelled(service: EngineService) -> None:
 def test_the_message_says_what_to_type(
     service: EngineService, query: str, files: dict[str, tuple[str, bytes]], said: str
 ) -> None:
-    """It named the position in a text of one word, and not the option that was meant."""
+    """The message used to name a position in a one-word text, not the option that was meant."""
     response = ask(service, "POST", f"/v1/caption{query}", files=files or {"image": ("a.png", IMAGE)})
     assert re.match(said, error_of(response)[2])
 
@@ -207,7 +207,7 @@ def test_an_option_in_json_is_told_its_place(service: EngineService) -> None:
     ],
 )
 def test_what_curl_sends_by_mistake_is_told(service: EngineService, body: bytes, said: str) -> None:
-    """All of it was `undecodable`: the bytes are not a readable JPEG."""
+    """All of these used to be `undecodable`: the bytes are not a readable JPEG."""
     header = {"content-type": "application/x-www-form-urlencoded"}
     code, _, message = error_of(ask(service, "POST", "/v1/caption", content=body, headers=header))
     assert (code, said in message) == (415, True), message
@@ -294,7 +294,7 @@ def chat_with(part: object) -> dict[str, object]:
 def test_the_message_says_where_the_wrong_value_is(
     service: EngineService, path: str, fields: dict[str, object], said: str
 ) -> None:
-    """It had names of classes and types in it, or that of a field which no request has."""
+    """The message used to contain names of Python classes, or of a field that no request has."""
     body = fields if path != "/v1/caption" else {"image": base64_of(IMAGE)} | fields
     assert error_of(ask(service, "POST", path, json=body))[2].startswith(said)
 
@@ -311,7 +311,7 @@ def test_the_message_says_where_the_wrong_value_is(
 def test_a_great_many_wrong_values_take_no_time(
     service: EngineService, path: str, fields: dict[str, object]
 ) -> None:
-    """40 kB of zeros in a message stopped the event loop for 12 s, and with it every other request."""
+    """40 kB of zeros in a message used to stop the event loop, and so all other requests, for 12 s."""
     began_s = time.process_time()
     response = ask(service, "POST", path, json=fields)
     assert error_of(response)[:2] == (400, "bad_request")
@@ -319,7 +319,7 @@ def test_a_great_many_wrong_values_take_no_time(
 
 
 def test_a_name_given_twice_is_found_at_once_among_many(service: EngineService) -> None:
-    """64 kB took 0.8 s on the event loop, and 900 kB minutes in a thread."""
+    """64 kB used to take 0.8 s on the event loop, and 900 kB minutes in a thread."""
     names = ",".join(f'"{i}": 0' for i in range(20_000))
     began_s = time.process_time()
     assert "'19999' is given twice" in error_of(post_json(service, f'{{{names}, "19999": 0}}'.encode()))[2]
@@ -327,7 +327,7 @@ def test_a_name_given_twice_is_found_at_once_among_many(service: EngineService) 
 
 
 def test_a_message_is_short_whatever_the_name_of_a_field(service: EngineService) -> None:
-    """It was sent back whole."""
+    """The name used to be sent back in full."""
     name = "x" * 100_000
     image = base64_of(IMAGE)
     for path, fields in (

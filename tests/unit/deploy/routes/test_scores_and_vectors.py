@@ -116,7 +116,7 @@ def test_only_texts_and_images_are_compared(captioning: EngineService, query, do
 
 
 def test_an_image_that_is_a_plain_text_by_mistake_is_refused(captioning: EngineService) -> None:
-    """Its base64 was ranked as a text, with a score that means nothing."""
+    """Its base64 used to be ranked as a text, with a meaningless score."""
     for fields in (
         {"query": "a dog", "documents": [base64_of(IMAGE)]},
         {"query": base64_of(IMAGE), "documents": ["a dog"]},
@@ -129,7 +129,7 @@ def test_an_image_that_is_a_plain_text_by_mistake_is_refused(captioning: EngineS
 def test_a_large_image_may_be_a_plain_data_uri_and_a_text_may_not_be_as_long(
     captioning: EngineService,
 ) -> None:
-    """Data URIs had the maximum length of a text, which few photographs have."""
+    """Data URIs used to have the maximum length of a text, which most photographs exceed."""
     answer = post(captioning, "/v1/rerank", query=data_uri(LARGE), documents=["a dog"])
     assert answer.status_code == 200, answer.text
     answer = post(captioning, "/v1/rerank", query=data_uri(LARGE), documents=["a dog" * 2_000])
@@ -162,7 +162,7 @@ def test_vectors_are_those_of_the_engine(captioning: EngineService) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/embed", "/v1/caption"])
 def test_a_vector_is_not_asked_for_again_and_again(captioning: EngineService, path: str) -> None:
-    """Each was made a list of numbers on the event loop: 90,000 stopped all other requests for a second."""
+    """Each used to become a list of numbers on the event loop: 90,000 stopped all other requests for 1 s."""
     asked = ["queries", "vision", "qformer"]
     assert post(captioning, path, image=base64_of(IMAGE), embed=asked).status_code == 200
     refused = post(captioning, path, image=base64_of(IMAGE), embed=["queries"] * 5)

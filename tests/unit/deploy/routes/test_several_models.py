@@ -1,4 +1,4 @@
-"""One endpoint with several models: requests choose by name, and nobody wakes a model by looking."""
+"""One endpoint with several models: requests choose by name, and looking at a model does not wake it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHAT = {
 
 
 class Other(Captioner):
-    """The captioner of a further model, as a gateway sees it: its description comes later, or not."""
+    """The captioner of a further model as a gateway sees it; its description comes later or never."""
 
     def __init__(self, **engine: Any) -> None:
         super().__init__(FakeEngineConfig(model="folder", **engine), GenerationOptions())
@@ -64,7 +64,7 @@ def test_a_request_chooses_its_model_by_name(service: EngineService, other: Othe
     listed = ask(service, "GET", "/v1/models").json()["data"]
     assert [model["id"] for model in listed] == ["demo", "other"]
     assert ask(service, "GET", "/v1/models/other").json()["id"] == "other"
-    assert other.num_asked == 0  # looking wakes nobody
+    assert other.num_asked == 0  # looking does not wake it
     answers = [
         post(service, "/v1/caption", image=base64_of(IMAGE), model="other"),
         ask(service, "POST", "/v1/caption", files={"image": IMAGE}, data={"model": "other"}),
