@@ -27,7 +27,7 @@ def prepare_run(root: Path, **settings: Any) -> Job:
 
 
 def run(root: Path, max_tables: int | None = None, **settings: Any) -> Reconciliation:
-    """Run a job, or only the first tables of it, as if it had been killed then."""
+    """Run a job, or only its first tables, as if it had been killed then."""
     return work(prepare_run(root, **settings), max_tables)
 
 
@@ -43,10 +43,10 @@ def prepare_of_retry(root: Path, **settings: Any) -> Job:
 def work(
     job: Job, max_tables: int | None = None, after_table: Callable[[], object] | None = None
 ) -> Reconciliation:
-    """Do what `run_job` and the stages do with a job.
+    """Do with a job what `run_job` and the stages do.
 
     Args:
-        max_tables: stop after so many tables.
+        max_tables: stop after this many tables.
         after_table: called after each table, while its shard is still being read.
     """
     ledger = job.ledger

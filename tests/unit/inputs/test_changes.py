@@ -1,4 +1,4 @@
-"""The input of a run is the input of its resume and of its retry: no output is half old and half new."""
+"""Resume and retry use the input of the run: no output is half old and half new."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TAKE_IT = "run the first command again with --add-new to take it into the run"
 
 
 def write_tar(path: Path, *keys: str, content: str = "old", bad: tuple[str, ...] = ()) -> None:
-    """Write a tar with the given samples; each image says which sample it is of."""
+    """Write a tar with the given samples; each image tells its sample."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = {key: f"{'bad' if key in bad else content} {key}".encode() for key in keys}
     path.write_bytes(tar_bytes((f"{key}.jpg", image) for key, image in images.items()))
@@ -49,7 +49,7 @@ def write_images(folder: Path, *names: str, content: str = "old") -> None:
 
 
 def age(path: Path) -> None:
-    """Let a file look as if it had been written an hour later: a clock may be coarse."""
+    """Make a file look as if it had been written an hour later, because clocks may be coarse."""
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 3600 * 10**9))
 
@@ -62,7 +62,7 @@ def rows_of(*keys: str, content: str = "old") -> list[tuple[str, str | None]]:
 
 
 def test_a_tar_made_again_with_one_more_sample_is_refused_and_made_again_whole(tmp_path):
-    """`retry` joined the rows by number: a key came twice, two samples were lost, with exit status 0."""
+    """`retry` used to join rows by number: a key came twice and two samples were lost, with exit status 0."""
     write_tar(tmp_path / "in/0.tar", "a", "b", "c", bad=("b",))
     write_tar(tmp_path / "in/1.tar", "x")
     run(tmp_path)
@@ -81,7 +81,7 @@ def test_a_tar_made_again_with_one_more_sample_is_refused_and_made_again_whole(t
 
 
 def test_a_resume_never_joins_fragments_of_another_tar(tmp_path):
-    """A shorter tar in its place left out 22 keys and kept rows of samples that were gone, with status 0."""
+    """A shorter tar in its place used to lose 22 keys and keep rows of removed samples, with status 0."""
     keys = [f"k{at}" for at in range(11)]
     write_tar(tmp_path / "in/0.tar", *keys)
     run(tmp_path, max_tables=1, reading=ReadOptions(table_rows=4))
@@ -94,7 +94,7 @@ def test_a_resume_never_joins_fragments_of_another_tar(tmp_path):
 
 
 def test_fragments_that_arrive_late_do_not_join_a_shard_that_was_begun_again(tmp_path):
-    """A worker may write after its driver has died, also when the shard has been begun again since."""
+    """A worker may write after its driver has died, even when the shard has been restarted meanwhile."""
     write_tar(tmp_path / "in/0.tar", "k0", "k1")
     straggler = prepare_run(tmp_path)
     straggler.ledger.begin(straggler.run)
@@ -114,7 +114,7 @@ def test_fragments_that_arrive_late_do_not_join_a_shard_that_was_begun_again(tmp
 
 @pytest.mark.parametrize("moment", ["before work", "at work, and the driver dies", "after the commit"])
 def test_a_late_commit_does_not_mix_into_a_shard_that_was_begun_again(tmp_path, moment):
-    """A driver that goes on after it was suspended committed rows of the old tar into the file of the new."""
+    """A driver that had been suspended used to commit rows of the old tar into the file of the new one."""
     write_tar(tmp_path / "in/0.tar", "k0", "k1", "k2")
     straggler = prepare_run(tmp_path)
     straggler.ledger.begin(straggler.run)
@@ -141,7 +141,7 @@ def test_a_late_commit_does_not_mix_into_a_shard_that_was_begun_again(tmp_path, 
 
 @pytest.mark.parametrize("how", ["replaced", "written over"])
 def test_a_tar_that_changes_while_it_is_read_gives_no_row(tmp_path, how):
-    """Its rows may be of both files. The shard is partial and says so, and `retry` reads the new file."""
+    """Its rows may come from both files. The shard is marked partial, and `retry` reads the new file."""
     keys = [f"k{at}" for at in range(10)]
     tar = tmp_path / "in/0.tar"
     write_tar(tar, *keys)
@@ -173,7 +173,7 @@ def test_a_tar_that_changed_between_listing_and_reading_is_not_read(tmp_path):
 
 
 def test_a_tar_that_changes_during_a_resume_loses_the_report_of_its_first_reading(tmp_path):
-    """The driver knew the number of rows from the first reading, and committed rows of both files."""
+    """The driver used to know the number of rows from the first reading, and to commit rows of both files."""
     write_tar(tmp_path / "in/0.tar", "a", "b", "c", bad=("b",))
     run(tmp_path)
     job = prepare_run(tmp_path)
@@ -199,7 +199,7 @@ def test_a_copy_with_another_time_is_the_same_input(tmp_path):
 
 
 def test_a_finished_run_whose_input_was_copied_starts_no_ray(tmp_path, monkeypatch):
-    """Its record gets the new times; on a cluster it first waited for a node that could read."""
+    """Its record gets the new times; on a cluster, the run used to wait for a node that could read first."""
     monkeypatch.setattr("pipeline.run.run_job.connected", lambda: pytest.fail("Ray is not needed"))
     write_tar(tmp_path / "in/0.tar", "a", "b")
     run(tmp_path)
@@ -210,7 +210,7 @@ def test_a_finished_run_whose_input_was_copied_starts_no_ray(tmp_path, monkeypat
 
 
 def test_a_start_lists_the_output_once_and_writes_the_file_of_a_changed_shard_once(tmp_path, monkeypatch):
-    """Three listings took up to half a minute in a store; the file was written again at each start."""
+    """In a store, three listings used to take half a minute, and each start wrote the file again."""
     write_tar(tmp_path / "in/0.tar", "a", "b")
     job = prepare_run(tmp_path)
     write_tar(tmp_path / "in/0.tar", "a", "b", "c")
@@ -251,7 +251,7 @@ def test_a_partial_tar_that_was_repaired_is_made_again_by_retry_alone(tmp_path):
 
 
 def test_a_tar_that_changes_again_while_it_is_made_again_is_read_anew_by_retry(tmp_path):
-    """It has no file then, and no row of what it held before."""
+    """The shard then has no file, and no row of its earlier content."""
     write_tar(tmp_path / "in/0.tar", *"abc", bad=("b",))
     run(tmp_path)
     write_tar(tmp_path / "in/0.tar", *"abcd", content="new")
@@ -269,7 +269,7 @@ def test_a_tar_that_changes_again_while_it_is_made_again_is_read_anew_by_retry(t
     ],
 )
 def test_all_ranges_of_a_changed_table_are_made_again(tmp_path, monkeypatch, limit, before, num_rows, after):
-    """Its row groups move: a range of the new table is not the range of the old one."""
+    """Its row groups move: a range of the new table differs from that of the old one."""
     monkeypatch.setattr(listing, "RANGE_BYTES", 1)
 
     def write_table(num_rows: int, content: str) -> None:
@@ -317,7 +317,7 @@ def test_a_run_without_stamps_gets_them_at_its_next_start(tmp_path):
 
 
 def forget_stamps(root: Path) -> None:
-    """Store a run as version 0.1.0 has stored it."""
+    """Store a run as version 0.1.0 did."""
     path = root / "out/_blip2/shards.jsonl.gz"
     shards = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     old = [
@@ -334,7 +334,7 @@ def forget_stamps(root: Path) -> None:
 
 
 def test_a_new_photo_is_named_and_becomes_a_shard_of_its_own(tmp_path):
-    """The folder said "0 to do" the next day, and the new photo was in no output."""
+    """The next day the folder used to say "0 to do", and the new photo was in no output."""
     write_images(tmp_path / "in", *(f"{at}.jpg" for at in range(1, 12)))
     run(tmp_path)
     (old,) = captions(tmp_path)
@@ -354,7 +354,7 @@ def test_a_new_photo_is_named_and_becomes_a_shard_of_its_own(tmp_path):
 
 
 def test_a_photo_that_is_gone_from_a_slice_that_is_made_again_is_told(tmp_path):
-    """The note said that finished rows stay, and the caption of this one did not."""
+    """The note used to say that finished rows stay, but this photo's caption did not."""
     write_images(tmp_path / "in", "0.jpg", "1.jpg")
     run(tmp_path)
     write_images(tmp_path / "in", "0.jpg", content="newer")
@@ -376,7 +376,7 @@ def test_new_tars_are_added_under_the_names_that_a_listing_gives_them(tmp_path):
 
 
 def test_the_shards_of_a_run_stay_sorted_when_new_ones_are_added(tmp_path):
-    """`blip2 show` had the new rows at its end, and elsewhere after the next start."""
+    """`blip2 show` used to list the new rows last, but elsewhere after the next start."""
     write_tar(tmp_path / "in/1.tar", "b")
     run(tmp_path)
     write_tar(tmp_path / "in/0.tar", "a")
@@ -387,7 +387,7 @@ def test_the_shards_of_a_run_stay_sorted_when_new_ones_are_added(tmp_path):
 
 
 def test_new_tars_of_a_folder_keep_its_prefix_when_another_folder_is_added(tmp_path):
-    """Names begin below the folder that all inputs have in common, which another input moves up."""
+    """Names are relative to the folder that all inputs share, which another input moves up."""
     first, second = str(tmp_path / "in/a"), str(tmp_path / "in/b")
     write_tar(tmp_path / "in/a/0.tar", "a0")
     run(tmp_path, input=(first,))
@@ -398,7 +398,7 @@ def test_new_tars_of_a_folder_keep_its_prefix_when_another_folder_is_added(tmp_p
 
 
 def test_a_new_file_whose_name_leaves_no_room_for_those_of_the_output_is_refused(tmp_path):
-    """The job wrote the other rows, and then failed at the first fragment of this file."""
+    """The job used to write the other rows, and then fail at the first fragment of this file."""
     write_tar(tmp_path / "in/0.tar", "a")
     run(tmp_path)
     write_tar(tmp_path / f"in/{'n' * 250}.tar", "b")
@@ -426,7 +426,7 @@ def test_files_that_are_gone_are_named_and_their_rows_stay(tmp_path):
 
 @pytest.mark.parametrize("left", ["nothing", "an empty folder", "another file"])
 def test_an_input_whose_files_are_all_gone_does_not_hide_what_became_of_the_others(tmp_path, left):
-    """One emptied folder: changed shards counted as finished, and new files were left out, with status 0."""
+    """An emptied folder used to make changed shards count as finished and hide new files, with status 0."""
     inputs = (str(tmp_path / "a"), str(tmp_path / "b/{0,1}.tar"), f"@{tmp_path / 'c.txt'}")
     for name in ("a/0.tar", "b/0.tar", "b/1.tar", "c/0.tar", "c/1.tar"):
         write_tar(tmp_path / name, "k")
@@ -453,7 +453,7 @@ def test_an_input_whose_files_are_all_gone_does_not_hide_what_became_of_the_othe
 
 
 def test_a_job_that_another_one_has_overtaken_is_refused(tmp_path):
-    """Both took new files into the run: an image was in the files of two shards, one of them in no list."""
+    """Both used to take new files into the run: an image was in two shards' files, and one was in no list."""
     write_images(tmp_path / "in", "0.jpg", "1.jpg")
     run(tmp_path)
     write_images(tmp_path / "in", "2.jpg")
@@ -522,7 +522,7 @@ def test_order_spelling_and_a_last_slash_of_inputs_do_not_matter(tmp_path, monke
 
 
 def test_an_input_added_by_a_glob_of_the_shell_is_named_alone(tmp_path):
-    """The refusal printed all 1,000 names twice."""
+    """The refusal used to print all 1,000 names twice."""
     tars = [tmp_path / f"in/{at:03}.tar" for at in range(40)]
     for tar in tars:
         write_tar(tar, tar.stem)
@@ -540,7 +540,7 @@ def test_an_input_added_by_a_glob_of_the_shell_is_named_alone(tmp_path):
 
 
 def test_comparing_many_files_unpacks_their_names_once(monkeypatch):
-    """The files were looked up in the order of a set: 100,000 tars took six seconds more in each command."""
+    """Looking files up in the order of a set cost six seconds more per command for 100,000 tars."""
     monkeypatch.setattr(file_table, "BLOCK_FILES", 10)
     num_files = 400
     files = FileTable((f"{n:03}.tar", ListedFile(1, "1@5")) for n in range(num_files))
@@ -553,4 +553,4 @@ def test_comparing_many_files_unpacks_their_names_once(monkeypatch):
     found = changes.find_changes(shards, listed, lambda shard: None)
     assert (found.changed, found.gone, found.num_new) == ({}, (), 0)
     num_blocks = num_files // 10
-    assert packed_texts._unpack.cache_info().misses - unpacked <= 2 * num_blocks  # names, and what is known
+    assert packed_texts._unpack.cache_info().misses - unpacked <= 2 * num_blocks  # names and stamps

@@ -1,4 +1,4 @@
-"""Braces and globs mean what they mean in a shell."""
+"""Braces and globs have the same meaning as in a shell."""
 
 import pytest
 

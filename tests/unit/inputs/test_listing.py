@@ -1,4 +1,4 @@
-"""Inputs are listed as the same shards every time, and an input in doubt is refused with a sentence."""
+"""Inputs are listed as the same shards every time, and a doubtful input is refused in a sentence."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_folders_are_sliced_by_their_sorted_listing(tmp_path, monkeypatch):
 
 
 def test_a_large_folder_is_listed_without_asking_for_each_file(tmp_path, monkeypatch):
-    # A network disk needs milliseconds for each question about a file: hours for 10^8 files.
+    # A network disk takes milliseconds for each question about a file: hours for 10^8 files.
     monkeypatch.setattr(listing, "MAX_STAMPED_IMAGES", 49)
     touch(tmp_path, *(f"{at}.jpg" for at in range(50)))
     asked = []
@@ -197,7 +197,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 def test_links_that_lead_to_each_other_end(tmp_path):
-    """a/b leads to c, and c/d to a: the listing ended with "Too many levels of symbolic links"."""
+    """a/b leads to c, and c/d to a: the listing used to end with "Too many levels of symbolic links"."""
     touch(tmp_path, "a/0.jpg", "c/1.jpg")
     (tmp_path / "a/b").symlink_to("../c")
     (tmp_path / "c/d").symlink_to("../a")
@@ -207,7 +207,7 @@ def test_links_that_lead_to_each_other_end(tmp_path):
 
 @pytest.mark.parametrize("pattern", ["", "/*"])
 def test_a_link_to_itself_costs_only_its_row(tmp_path, pattern):
-    """The whole folder was refused: "Too many levels of symbolic links"."""
+    """The whole folder used to be refused: "Too many levels of symbolic links"."""
     (tmp_path / "0.jpg").write_bytes(b"x")
     (tmp_path / "1.jpg").symlink_to("1.jpg")
     (shard,) = list_shards(f"{tmp_path}{pattern}")
@@ -247,7 +247,7 @@ def test_uris_give_the_same_shards_as_paths(tmp_path, scheme):
 
 
 def test_a_number_sign_in_a_uri_is_explained():
-    """What follows it is no part of the path, so that the file was said not to exist."""
+    """The part after the sign is not in the path, so the file was said not to exist."""
     assert "a; write %23" not in refusal_of("memory://bucket/a")
     assert refusal_of("memory://bucket/a#1.jpg").endswith("write %23 for each # of a name")
 
@@ -269,7 +269,7 @@ def test_the_bytes_of_a_remote_folder_are_known(tmp_path):
 
 
 def test_files_that_braces_name_are_asked_for_at_the_same_time(tmp_path, monkeypatch):
-    """1,024 tars of a bucket took a minute, one answer after the other."""
+    """1,024 tars of a bucket used to take a minute, one answer after another."""
     store, together = MemoryFileSystem(), threading.Barrier(4)
     for number in range(4):
         store.pipe_file(f"{tmp_path}/{number}.tar", b"")
@@ -288,11 +288,11 @@ def test_a_name_that_no_output_file_could_have_is_refused(tmp_path):
     assert "is not valid UTF-8" in refusal_of(tmp_path)
     assert "must be a name in UTF-8; rename" in refusal_of(
         tmp_path / "\udcff.tar"
-    )  # was a UnicodeEncodeError
+    )  # used to raise UnicodeEncodeError
 
 
 def test_names_that_the_state_has_for_its_own_files_are_refused(tmp_path):
-    """Their shards never finished: what was made of them was taken for another shard's, or for no result."""
+    """Their shards used to never finish: their results were taken for another shard's, or for none."""
     (tmp_path / "_blip2").mkdir()
     for name in ("x~again1", "y.tar", "_blip2/z.tar"):
         (tmp_path / name).write_bytes(b"")
@@ -315,7 +315,7 @@ def test_an_empty_name_is_not_the_working_folder(name, tmp_path, monkeypatch):
 
 
 def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
-    """Whoever opens a pipe waits for its writer for ever."""
+    """Opening a pipe waits forever for its writer."""
     touch(tmp_path, "folder/a.tar")
     os.mkfifo(tmp_path / "folder" / "pipe.tar")
     (tmp_path / "folder" / "link.tar").symlink_to("pipe.tar")
@@ -323,5 +323,5 @@ def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
     for name in ("folder/pipe.tar", "folder/link.tar", "folder/{a,pipe}.tar", "/dev/null"):
         assert "must be a file or a folder" in refusal_of(tmp_path / name)
     assert "must be a file or a folder" in refusal_of(f"@{tmp_path}/folder/pipe.tar")
-    for name in ("folder", "folder/*.tar"):  # which name no file by itself
+    for name in ("folder", "folder/*.tar"):  # these do not name the file itself
         assert names(tmp_path / name) == ["a.tar", "broken.tar"]

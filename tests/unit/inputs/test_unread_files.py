@@ -1,4 +1,4 @@
-"""What a run has written is never its input, and files that are not read are counted and said."""
+"""What a run has written is never its input, and files that are not read are counted and reported."""
 
 from __future__ import annotations
 
@@ -35,12 +35,10 @@ def write_table(path: Path, *keys: str) -> None:
 
 
 def test_an_output_inside_the_input_is_left_out_of_the_next_run(tmp_path):
-    """The second run captioned the captions of the first, or was refused for lack of an image column."""
+    """The second run used to caption the first one's captions, or was refused for lack of an image column."""
     write_table(tmp_path / "in/a.parquet", "a0", "a1")
     run(tmp_path, output=str(tmp_path / "in/captions"))
-    (
-        tmp_path / "in/captions/_blip2/run.json"
-    ).unlink()  # Files of the output may be copied without its state.
+    (tmp_path / "in/captions/_blip2/run.json").unlink()  # files of the output may be copied without its state
     for name in (tmp_path / "in", tmp_path / "in/**/*.parquet"):
         listing = list_input(str(name))
         assert [shard.name for shard in listing.shards] == ["a.parquet"]
@@ -57,7 +55,7 @@ def test_captions_next_to_photos_do_not_make_the_folder_one_of_two_kinds(tmp_pat
     assert (again.num_rows, again.exit_status(0.0)) == (1, 0)
     left_out = ("left out: 1 file of an earlier run",)
     assert prepare_run(tmp_path).notes == left_out
-    # A resume and --format open no table, and called it a file that is not read.
+    # A resume and --format open no table, and used to report it as a file that is not read.
     assert prepare_run(tmp_path, output=str(tmp_path / "in/captions")).notes == left_out
     assert prepare_run(tmp_path, format="folder").notes == left_out
 
@@ -71,7 +69,7 @@ def test_a_table_in_a_folder_whose_name_is_not_utf8_refuses_nothing(tmp_path):
 
 
 def test_an_output_is_read_if_its_files_are_named_one_by_one(tmp_path):
-    """A second step may score what a first one has kept."""
+    """A second step may score the columns that a first one has kept."""
     write_table(tmp_path / "in/a.parquet", "a0", "a1")
     run(tmp_path)
     with pytest.raises(
@@ -90,7 +88,7 @@ def test_an_output_that_is_the_folder_of_the_input_is_refused(tmp_path, named):
 
 
 def test_a_sixth_ending_is_named(tmp_path):
-    """It was `1 others`, which takes as much room as its name."""
+    """It used to be reported as `1 others`, which takes as much room as its name."""
     for name in ["a.jpg", "a.aae", "a.db", "a.dng", "a.mov", "a.pdf", "a.svg"]:
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_bytes(b"x")
@@ -145,7 +143,7 @@ def test_a_plan_says_what_is_not_read(tmp_path, monkeypatch):
 
 
 def test_images_that_nothing_here_decodes_are_named_before_the_work(tmp_path, monkeypatch):
-    """Each was a failed row, of which the first five were shown hours later."""
+    """Each used to be a failed row, the first five of which were shown hours later."""
     (tmp_path / "in").mkdir()
     for name in ("a.HEIC", "b.heif", "c.jxl", "heic", "d.jpg"):
         (tmp_path / "in" / name).write_bytes(b"\xff\xd8\xff")
@@ -157,11 +155,11 @@ def test_images_that_nothing_here_decodes_are_named_before_the_work(tmp_path, mo
 
 
 def test_images_without_an_ending_are_recognized_by_their_content(tmp_path):
-    """Downloads are often named by a digest: a folder of them was refused, or they were left out."""
+    """Downloads are often named by a digest: a folder of them used to be refused, or to lose them."""
     for format in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF", "JPEG2000"):
         (tmp_path / format).write_bytes(encoded(format))
     (tmp_path / "notes").write_text("BM is not always a bitmap")
-    (tmp_path / "\udcff").write_bytes(encoded("PNG"))  # Arrow opens no such name if it is not encoded.
+    (tmp_path / "\udcff").write_bytes(encoded("PNG"))  # Arrow opens such a name only if encoded
     listing = list_input(str(tmp_path))
     names = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP", "\udcff")
     assert listing.shards[0].files == names
@@ -180,7 +178,7 @@ def test_images_without_an_ending_are_recognized_by_their_content(tmp_path):
 def test_an_image_without_an_ending_is_not_left_out_because_a_store_fails(
     tmp_path, monkeypatch, error, outcome
 ):
-    """It was counted as a file that is not read, and the run ended as if it had all images."""
+    """It used to count as a file that is not read, and the run ended as if it had all images."""
 
     def fail(filesystem: pafs.FileSystem, path: str) -> None:
         raise error
@@ -194,7 +192,7 @@ def test_an_image_without_an_ending_is_not_left_out_because_a_store_fails(
 
 
 def test_a_resume_and_status_open_no_file_that_the_run_knows(tmp_path, monkeypatch):
-    """Each start and each status read the first bytes of every image without an ending."""
+    """Each start and each status used to read the first bytes of every image without an ending."""
     (tmp_path / "in").mkdir()
     for name in ("0", "1"):
         (tmp_path / "in" / name).write_bytes(encoded("PNG"))

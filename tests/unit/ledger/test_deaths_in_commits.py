@@ -1,4 +1,4 @@
-"""Processes that die in a commit: whichever request is their last, no row is lost or doubled."""
+"""Processes die during a commit: whichever request is their last, no row is lost or doubled."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Died(BaseException):
 
 
 def make_ledger(place: str, *shards: str) -> tuple[Ledger, Run]:
-    """Return the ledger of a run in a new folder: on the disk, or in a store in memory."""
+    """Return the ledger of a run in a new folder, on disk or in a store in memory."""
     path = tempfile.mkdtemp()
     folder = Folder(path if place == "disk" else f"memory:/{path}")
     made = [Shard(name=name, format="webdataset", root="/in", files=(name,)) for name in shards]
@@ -50,9 +50,9 @@ def make_ledger(place: str, *shards: str) -> tuple[Ledger, Run]:
 
 @contextmanager
 def requests_seen_by(see: Callable[[str, Callable[[], object]], object]) -> Iterator[None]:
-    """Let `see` carry out each request of all folders; it gets the name of the request.
+    """Have `see`, which gets the name of a request, carry out each request of all folders.
 
-    What a request itself asks for is a part of it.
+    Requests that a request itself makes are a part of it.
     """
     originals = {name: getattr(Folder, name) for name in REQUESTS}
     thread = threading.local()
@@ -108,7 +108,7 @@ def dying_at(number: int, folder: Folder, chance: random.Random) -> Iterator[Non
 
 
 def live(ledger: Ledger, run: Run, is_driver: bool, num_rows: int) -> None:
-    """Do what a committer does with a shard that is complete, or a driver that starts."""
+    """Do what a committer does with a complete shard, or a driver that starts."""
     if is_driver:
         ledger.sweep(run, ledger.scan(), {})
     else:
@@ -128,7 +128,7 @@ def statuses(ledger: Ledger) -> list[str]:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_commit_that_died_while_it_deleted_fragments_keeps_the_ok_row(place):
-    """Its next run merged a failed copy of a row alone, and replaced the file that had the ok one."""
+    """Its next run used to merge a failed copy alone, and to replace the file that had the ok row."""
     for death in count():
         for seed in range(6):
             ledger, run = make_ledger(place, SHARD)
@@ -146,7 +146,7 @@ def test_a_commit_that_died_while_it_deleted_fragments_keeps_the_ok_row(place):
 
 @contextmanager
 def happens_at(number: int, action: Callable[[], object]) -> Iterator[list[str]]:
-    """Let something happen after request `number`; yield the requests that were made."""
+    """Run something after request `number`; yield the requests that were made."""
     made: list[str] = []
     lock, is_happening = threading.Lock(), threading.Event()
 
@@ -169,7 +169,7 @@ def happens_at(number: int, action: Callable[[], object]) -> Iterator[list[str]]
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("outer", "inner"), [("a", "a.rows/b"), ("a/x", "a/x.rows/b.rows/c")])
 def test_a_commit_deletes_no_row_of_a_shard_whose_folder_lies_in_its_own(place, outer, inner):
-    """A fragment that arrived between the listing of the folder and its deletion was deleted with it."""
+    """A fragment that arrived between the listing of the folder and its deletion used to be deleted too."""
     for arrival in count():
         ledger, _ = make_ledger(place, outer, inner)
         ledger.write_fragment(rows([0], outer))
@@ -185,7 +185,7 @@ def test_a_commit_deletes_no_row_of_a_shard_whose_folder_lies_in_its_own(place, 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_row_that_arrives_while_its_shard_is_committed_is_kept(place):
-    """A straggler's ok row was deleted with the folder, and the file had that row as failed."""
+    """A straggler's ok row used to be deleted with the folder, while the file had that row as failed."""
     for arrival in count():
         ledger, run = make_ledger(place, SHARD)
         ledger.write_fragment(rows([0], SHARD, status="failed"))
@@ -202,7 +202,7 @@ def test_a_row_that_arrives_while_its_shard_is_committed_is_kept(place):
 
 @pytest.mark.parametrize("status", ["ok", "undecodable", "missing_image"])
 def test_a_store_deletes_the_folder_of_a_shard_whole_if_no_row_may_improve(status):
-    """The names of a hundred fragments cost 300 requests, those of a folder five."""
+    """The names of a hundred fragments cost 300 requests; deleting the folder costs five."""
     ledger, run = make_ledger("store", SHARD)
     for row in range(5):
         ledger.write_fragment(rows([row], SHARD, status=status))
@@ -213,7 +213,7 @@ def test_a_store_deletes_the_folder_of_a_shard_whole_if_no_row_may_improve(statu
 
 @pytest.mark.parametrize("place", PLACES)
 def test_two_commits_at_the_same_time_keep_the_ok_row(place):
-    """The fragment with it was gone, and the slower commit wrote the failed copy over the other's file."""
+    """The ok row's fragment was gone, so the slower commit wrote the failed row over the other's file."""
     made = [""]
     for moment in count():
         if len(made) < moment:
@@ -221,7 +221,7 @@ def test_two_commits_at_the_same_time_keep_the_ok_row(place):
         for word in ("0", "1"):
             ledger, run = make_ledger(place, SHARD)
             write_failed_and_ok(ledger, word)
-            # As in a job: the other commit may delete a fragment while a thread of this one reads it.
+            # As in a job, the other commit may delete a fragment while a thread of this one reads it.
             ledger = ledger.with_retries(10.0)
             with happens_at(moment, partial(live, ledger, run, False, 2)) as made:
                 live(ledger, run, False, 2)

@@ -1,4 +1,4 @@
-"""Rows of several calls in one fragment: every request to a store costs money, and none may lose a row."""
+"""One fragment holds rows of several calls, because every request to a store costs; no row may be lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """A folder that is not on a disk, as far as the writer knows; a rest between calls lasts long there."""
+    """A folder that seems to be in a store, with long rests between calls."""
     monkeypatch.setattr(fragment_writer, "QUIET_S", LONG_S)
     monkeypatch.setattr(fragment_writer, "QUIET_PART", 1e9)
     return Folder(
@@ -37,7 +37,7 @@ def store(tmp_path, monkeypatch):
 
 
 def write_together(writer: FragmentWriter, *tables) -> list[BaseException | None]:
-    """Write each table in a call of its own, all of which have begun before the first one writes."""
+    """Write each table in its own call; all calls have begun before the first one writes."""
     begun = threading.Barrier(len(tables))
 
     def run(table):
@@ -85,7 +85,7 @@ def test_a_call_alone_and_a_large_batch_do_not_wait(folder):
 
 
 def test_large_rows_do_not_wait_and_are_several_fragments(folder, monkeypatch):
-    """With images of 5 MB among the kept columns, a fragment had 2.5 GB, which no commit could read."""
+    """With images of 5 MB in kept columns, a fragment used to have 2.5 GB, which no commit could read."""
     large = rows(range(16), word="x" * 1000)
     monkeypatch.setattr(fragment_writer, "FRAGMENT_BYTES", large.nbytes // 7)
     writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
@@ -96,7 +96,7 @@ def test_large_rows_do_not_wait_and_are_several_fragments(folder, monkeypatch):
 
 
 def test_rows_that_a_failed_call_does_not_write_are_held_no_longer(folder, monkeypatch):
-    """They were counted for good, and the "store" lines spoke of rows that nobody held."""
+    """They used to count forever, and the "store" lines reported rows that nobody held."""
     writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
 
     def fail(*_: object) -> None:
@@ -165,7 +165,7 @@ def test_rows_wait_for_a_slow_call_only_for_a_while(folder):
 
 
 def test_rows_that_two_calls_have_made_are_not_counted_twice_in_one_name(folder):
-    """A name with a row too many hides one that is missing, and the shard would never be finished."""
+    """A name with one row too many hides a missing one, and the shard would never finish."""
     write_together(FragmentWriter(Ledger(folder), hold_s=LONG_S), rows([0, 1]), rows([1, 3]))
     found = rows_in(folder, {"a/0.tar": list_shard_files(folder, "a/0.tar", 0).fragments})
     assert found == {"a/0.tar": RowSet([(0, 2), (3, 4)])}
@@ -181,7 +181,7 @@ def test_an_error_reaches_every_call_whose_rows_are_not_written(folder, monkeypa
 
 
 def test_in_a_store_rows_of_a_call_that_begins_while_all_others_wait_join_theirs(store, monkeypatch):
-    """Each call of a fast engine that waits for images was a fragment of its own."""
+    """Each call of a fast engine that waits for images used to be its own fragment."""
     writer = FragmentWriter(Ledger(store), fragment_rows=6, hold_s=LONG_S)
     has_rows = when_rows_are_held(writer, monkeypatch)
 
@@ -200,7 +200,7 @@ def test_in_a_store_rows_of_a_call_that_begins_while_all_others_wait_join_theirs
 
 
 def test_on_a_disk_rows_do_not_wait_for_a_call_that_may_begin(tmp_path, store):
-    """They cost a third of the speed of a job whose engine waits for images."""
+    """Waiting cost a third of the speed of a job whose engine waits for images."""
     writer = FragmentWriter(Ledger(Folder(str(tmp_path / "disk"))), hold_s=LONG_S)
     began = time.monotonic()
     with writer.call():
@@ -209,14 +209,14 @@ def test_on_a_disk_rows_do_not_wait_for_a_call_that_may_begin(tmp_path, store):
 
 
 def test_rows_that_are_written_outside_of_a_call_do_not_wait(store):
-    """The careful replay of a call writes each row alone."""
+    """A call that is replayed carefully writes each row alone."""
     began = time.monotonic()
     FragmentWriter(Ledger(store), hold_s=LONG_S).write(rows([0]))
     assert time.monotonic() - began < LONG_S / 2
 
 
 def test_a_call_with_rows_of_several_shards_waits_for_none_of_them(folder):
-    """It waited for the first shard, while the largest one was the next to go."""
+    """It used to wait for the first shard, while the largest one was the next to be written."""
     writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
     began = time.monotonic()
     with writer.call():

@@ -1,4 +1,4 @@
-"""Fragments and commits make each row count once: a wrong union loses rows, a wrong merge doubles them."""
+"""Fragments and commits count each row once: a wrong union loses rows, a wrong merge doubles them."""
 
 import logging
 import os
@@ -65,7 +65,7 @@ def stored_report(folder: Folder) -> ShardReport | None:
 
 
 def commit(folder: Folder, shard_report: ShardReport) -> Summary:
-    """Commit a shard whose rows are all there."""
+    """Commit a shard that has all its rows."""
     summary = commit_shard(folder, shard_report, {})
     assert summary is not None
     return summary
@@ -164,7 +164,7 @@ def test_a_worse_reading_does_not_replace_how_a_better_one_ended(folder):
 
 
 def test_the_latest_report_counts_also_when_one_before_it_named_a_change(folder):
-    """The input was put back and read again: the shard stayed partial for ever."""
+    """When the input was restored and read again, the shard used to stay partial forever."""
     write_fragment(folder, rows([0, 1]))
     store_shard_report(folder, report(0, complete=False, changed=True, reason="has changed"))
     store_shard_report(folder, report(2))
@@ -227,7 +227,7 @@ def test_row_groups_stay_readable_in_pieces(folder, monkeypatch):
 
 
 def test_no_name_in_the_state_ends_in_parquet(folder, tmp_path):
-    """`output/**/*.parquet` must find only results, also when a shard is a Parquet file itself."""
+    """`output/**/*.parquet` must find only results, even if a shard is itself a Parquet file."""
     write_fragment(folder, rows([0, 1], shard="a/0.parquet"))
     assert not list(tmp_path.rglob("*.parquet"))
 
@@ -237,10 +237,10 @@ def with_kept(numbers, kept: pa.Array) -> pa.Table:
 
 
 def test_rows_that_no_merge_can_write_make_the_shard_partial(folder, caplog):
-    """The committer raised, Ray ended the job, and so did every resume. Then a start printed a traceback."""
+    """The committer used to raise, which ended the job and every resume; then a start printed a traceback."""
     write_fragment(folder, with_kept([0], pa.array([{"a": 1}])))
     write_fragment(folder, with_kept([1], pa.array(["text"])))
-    for _ in range(2):  # a retry comes to the same end
+    for _ in range(2):  # a retry has the same result
         summary = commit(folder, report(2))
         assert (summary.num_rows, summary.complete) == (0, False)
         assert "the rows cannot be written as one table" in str(summary.reason)
@@ -256,13 +256,13 @@ def test_rows_that_cannot_be_merged_into_a_file_leave_it_as_it_is(folder):
     assert commit(folder, report(2)) == before
     for number, kept in enumerate((pa.array([{"a": 1}]), pa.array(["text"]))):
         write_fragment(folder, with_kept([number], kept), generation=1)
-    again = commit(folder, report(2, generation=1))  # the file is of the old input
+    again = commit(folder, report(2, generation=1))  # the file belongs to the old input
     assert (again.generation, again.num_rows, again.complete) == (1, 0, False)
 
 
 @pytest.mark.parametrize(("length", "is_refused"), [(236, False), (250, True)])
 def test_a_shard_whose_file_would_have_too_long_a_name_is_refused(folder, length, is_refused):
-    """Writing it was tried for a quarter of an hour, after captioning all its images."""
+    """After all its images were captioned, writing it used to be tried for a quarter of an hour."""
     name = "a" * length + ".tar"
     names = names_of_shard(Shard(name=name, format="webdataset", root="in", files=(name,)))
     if is_refused:
@@ -277,7 +277,7 @@ def test_a_shard_whose_file_would_have_too_long_a_name_is_refused(folder, length
 @pytest.mark.parametrize("content", [b"", b"{}", "cut", "flipped"])
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [0, 2]])
 def test_a_damaged_fragment_is_named(folder, content, numbers):
-    """Its rows counted as done, and the only word of it was "File is too small: 0"."""
+    """Its rows used to count as done, and the only message was "File is too small: 0"."""
     fragment = write_fragment(folder, rows(numbers))
     whole = folder.get(fragment.name)
     assert whole is not None
@@ -298,7 +298,7 @@ def test_a_damaged_fragment_is_named(folder, content, numbers):
 
 
 def test_a_damaged_report_is_none_and_its_shard_is_read_again(folder):
-    """The run ended with "Expecting value: line 1 column 1"."""
+    """The run used to end with "Expecting value: line 1 column 1"."""
     store_shard_report(folder, report(3, complete=False))
     for damaged in (b"", b'{"shard"', b"\xff\xfe", b"[]", b'{"a": 1}'):
         folder.put(shard_report_name("a/0.tar", 0), damaged)

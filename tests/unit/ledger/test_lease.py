@@ -38,7 +38,7 @@ def put(folder: Folder, holder: Holder) -> None:
 
 
 def race_for(folder: Folder, monkeypatch: pytest.MonkeyPatch, number: int = 8) -> list[Lease]:
-    """Let leases of this process be taken at the same time, after each has seen none; return those held."""
+    """Take leases in this process at the same time, after each has seen none; return those that are held."""
     at_once, held = threading.Barrier(number), list[Lease]()
     take = Lease._take
 
@@ -72,7 +72,7 @@ def test_a_second_driver_is_refused_with_the_name_of_the_first(folder):
 
 
 def test_of_drivers_that_start_together_one_gets_the_lease(folder, monkeypatch):
-    """Each saw that nobody held it, and wrote; the others found out seconds later."""
+    """Each used to see no holder and write; the others found out seconds later."""
     assert len(race_for(folder, monkeypatch)) == 1
     assert folder.names() == []
 
@@ -138,14 +138,14 @@ def test_a_process_is_known_by_its_start_and_not_by_what_it_does():
 
 def test_a_driver_whose_lease_was_taken_notices_and_leaves_it_alone(folder):
     with Lease(folder, beat_s=0.01) as lease:
-        while lease._thread.is_alive():  # A heartbeat under way may overwrite it once.
+        while lease._thread.is_alive():  # a heartbeat in progress may overwrite it once
             put(folder, elsewhere(token="other"))
         assert lease.lost
     assert holder_of(folder).token == "other"
 
 
 def test_a_driver_that_was_suspended_is_certain_of_its_lease_only_after_a_heartbeat(folder, monkeypatch):
-    """Another driver may have come and worked meanwhile; this one must ask before it writes."""
+    """Another driver may have worked meanwhile, so this one must ask before it writes."""
     with Lease(folder, beat_s=60) as lease:
         assert lease.is_certain
         monkeypatch.setattr(lease, "_confirmed", lease._confirmed - 3600)
@@ -162,7 +162,7 @@ def test_a_driver_that_was_suspended_is_certain_of_its_lease_only_after_a_heartb
 
 
 def test_an_output_that_was_deleted_is_not_blamed_on_another_driver_alone(folder, monkeypatch):
-    """There was no other driver: its own user had deleted the folder under the run."""
+    """There was no other driver: the user had deleted the folder during the run."""
     with Lease(folder, beat_s=60) as lease:
         monkeypatch.setattr(lease, "_confirmed", lease._confirmed - 3600)
         folder.delete(LEASE)
@@ -171,7 +171,7 @@ def test_an_output_that_was_deleted_is_not_blamed_on_another_driver_alone(folder
 
 
 def test_the_source_of_the_progress_can_change_while_the_lease_is_held(folder):
-    """The driver exists only after the lease is held, and `status` must show how far it is."""
+    """The driver is created only after the lease is held, and `status` must show its progress."""
     with Lease(folder, beat_s=0.01) as lease:
         lease.progress = lambda: {"rows": 8}
         while holder_of(folder).progress != {"rows": 8}:
@@ -179,7 +179,7 @@ def test_the_source_of_the_progress_can_change_while_the_lease_is_held(folder):
 
 
 def test_a_damaged_lease_is_written_again_by_its_driver(folder):
-    """The error ended the thread of the heartbeats, and the driver looked dead half a minute later."""
+    """The error used to end the thread of the heartbeats, so the driver looked dead half a minute later."""
     with Lease(folder, beat_s=0.01) as lease:
         folder.put(LEASE, b'{"token": ')
         while folder.get(LEASE) == b'{"token": ':
@@ -189,7 +189,7 @@ def test_a_damaged_lease_is_written_again_by_its_driver(folder):
 
 
 def test_a_lease_that_is_replaced_while_it_is_read_is_read_again(folder, monkeypatch):
-    """In S3 a reader got the beginning of the next heartbeat, and `status` ended with a damaged lease."""
+    """In S3 a reader used to get the start of the next heartbeat, so `status` reported a damaged lease."""
     put(folder, elsewhere(token="other"))
     whole = folder.get(LEASE) or b""
     answers = iter([whole[:-5], whole + bytes(5), whole])
@@ -198,7 +198,7 @@ def test_a_lease_that_is_replaced_while_it_is_read_is_read_again(folder, monkeyp
 
 
 def test_the_lease_of_a_driver_of_a_newer_version_is_left_to_it(folder):
-    """It counted as damaged: it was overwritten, and two drivers were at work."""
+    """It used to count as damaged: it was overwritten, and two drivers worked at once."""
     newer = json.dumps(asdict(elsewhere(token="other")) | {"of_a_newer_version": 1}).encode()
     with Lease(folder, beat_s=0.01) as lease:
         while lease._thread.is_alive():
@@ -212,7 +212,7 @@ def test_the_lease_of_a_driver_of_a_newer_version_is_left_to_it(folder):
 
 
 def test_an_error_of_the_progress_does_not_end_the_heartbeats(folder):
-    """Whatever fails once, the next heartbeat shows that the driver lives."""
+    """If one heartbeat fails, for whatever reason, the next one shows that the driver lives."""
     answers: Iterator[dict | None] = iter([{}, None])
 
     def progress() -> dict:

@@ -1,4 +1,4 @@
-"""What a resume knows: a wrong list of work reads finished shards again, or leaves out rows for good."""
+"""What a resume knows: a wrong list of work repeats finished shards, or leaves out rows for good."""
 
 import dataclasses
 import errno
@@ -60,7 +60,7 @@ def test_the_record_says_its_format_and_the_fingerprint_does_not(ledger):
 
 
 def test_a_record_with_another_list_of_shards_is_of_a_newer_format(ledger):
-    """A reader of the version before found no list, and began its own run over this one."""
+    """A reader of the previous version would find no list, and begin its own run over this one."""
     run = dataclasses.replace(make_run("a.tar"), shard_list=slices_shard_list("b"))
     ledger.begin(run)
     assert json.loads(ledger.folder.get(RUN_FILE) or b"")["format_version"] == FORMAT_VERSION == 2
@@ -68,7 +68,7 @@ def test_a_record_with_another_list_of_shards_is_of_a_newer_format(ledger):
 
 
 def test_a_record_without_a_format_version_is_read(ledger):
-    """Runs that were begun before the version was stored must resume."""
+    """Runs that began before the version was stored must resume."""
     ledger.begin(make_run("a.tar"))
     record = json.loads(ledger.folder.get(RUN_FILE) or b"")
     del record["format_version"]
@@ -77,7 +77,7 @@ def test_a_record_without_a_format_version_is_read(ledger):
 
 
 def test_a_record_of_a_newer_format_is_refused(ledger):
-    """Its fields may mean something else, and a resume would mix rows that do not belong together."""
+    """Its fields may have another meaning, and a resume would mix rows that do not belong together."""
     ledger.begin(make_run("a.tar"))
     record = json.loads(ledger.folder.get(RUN_FILE) or b"")
     ledger.folder.put(RUN_FILE, json.dumps(record | {"format_version": FORMAT_VERSION + 1}).encode())
@@ -102,7 +102,7 @@ def test_secrets_of_the_input_are_not_stored_and_come_back_with_it(ledger, root,
 
 
 def test_a_password_that_0_1_0_has_stored_in_the_name_of_a_model_is_left_out(ledger):
-    """Such a name is refused now, and `retry` takes the model from the record."""
+    """Such a name is now refused, and `retry` takes the model from the record."""
     stored = {
         "engine": {"model": "https://me:secret@web/a?token=secret", "adapter": None},
         "prompt": "u://a:b@c",
@@ -132,7 +132,7 @@ def test_unfinished_work_leaves_out_finished_shards_and_rows_in_fragments(ledger
 
 
 def test_an_empty_list_of_shards_is_damage(ledger):
-    """The run counted as finished, with no row and status 0, and `clean` deleted its fragments."""
+    """The run used to count as finished, with no row and status 0, and `clean` deleted its fragments."""
     ledger.begin(make_run("a.tar"))
     ledger.folder.put(SHARD_LIST, b"")
     with pytest.raises(
@@ -142,14 +142,14 @@ def test_an_empty_list_of_shards_is_damage(ledger):
 
 
 def test_a_run_with_a_shard_list_alone_has_not_begun(ledger):
-    """The list is written first; when a driver dies between the two files, the next one begins the run."""
+    """The list is written first; if a driver dies between the two files, the next one begins the run."""
     ledger.begin(make_run("a.tar"))
     ledger.folder.delete(RUN_FILE)
     assert ledger.load() is None
 
 
 def test_a_worker_has_the_same_folder_and_the_same_retries(tmp_path, monkeypatch):
-    """Workers have another working directory, and they must outlast a store that fails."""
+    """Workers have another working directory, and must survive a store that fails."""
     monkeypatch.chdir(tmp_path)
     sent = pickle.dumps(Ledger(Folder("out")).with_retries(7.0).store_shard_report)
     monkeypatch.chdir("/")
@@ -159,7 +159,7 @@ def test_a_worker_has_the_same_folder_and_the_same_retries(tmp_path, monkeypatch
 
 
 def test_a_damaged_file_is_named(ledger):
-    """Arrow says that a footer is damaged, and not of which file."""
+    """Arrow says that a footer is damaged, but not in which file."""
     ledger.begin(make_run("a.tar", "b.tar"))
     ledger.folder.put("b.tar.parquet", b"PAR1 half of a file")
     with pytest.raises(ValueError, match=r"b\.tar\.parquet in .* cannot be read: [^;]*$"):
@@ -183,7 +183,7 @@ def test_a_file_with_a_damaged_page_is_named_and_the_type_stays(ledger, error, s
 
 
 def test_a_name_that_is_not_utf_8_does_not_hide_the_others(ledger):
-    """Arrow lists no folder with such a file: nothing could be done with the output."""
+    """Arrow cannot list a folder with such a file, so no command could use the output."""
     ledger.begin(make_run("a.tar"))
     for name in ("a.tar.parquet", "\udcff.txt", "b/\udcff.parquet", "_blip2/tmp/\udcff"):
         ledger.folder.put(name, b"12")
@@ -196,7 +196,7 @@ def test_a_name_that_is_not_utf_8_does_not_hide_the_others(ledger):
 
 @pytest.mark.parametrize("is_slice", [False, True])
 def test_a_start_deletes_late_fragments_of_shards_that_the_run_no_longer_has(ledger, is_slice):
-    """`verify` said that the next start deletes them. A driver of a slice may not know all shards."""
+    """`verify` used to say that the next start deletes them. A driver of a slice may not know all shards."""
     ledger.begin(make_run("a.tar"))
     fragment = ledger.write_fragment(rows([0], shard="table.parquet~0-9"))
     late = ShardReport(shard="table.parquet~0-9", num_rows=1, complete=True)
@@ -207,7 +207,7 @@ def test_a_start_deletes_late_fragments_of_shards_that_the_run_no_longer_has(led
 
 
 def test_a_start_deletes_late_files_of_shards_that_the_run_no_longer_has(ledger):
-    """Whatever reads the folder read their rows with those of the table's new parts."""
+    """Programs that read the folder used to read their rows with those of the table's new parts."""
     run = dataclasses.replace(make_run("a.tar"), id="run")
     ledger.begin(run)
 

@@ -53,7 +53,7 @@ def merged(tables: list[pa.Table]) -> pa.Table:
     ],
 )
 def test_every_type_can_be_written(tmp_path, type, values):
-    """Nothing can be taken from views, for example, which Polars writes."""
+    """Some types do not support `take`, such as the views that Polars writes."""
     rows = merged([piece_of([1 - n], pa.array([value], type)) for n, value in enumerate(values)])
     pq.write_table(rows, tmp_path / "0.parquet")
     table = pq.read_table(tmp_path / "0.parquet")
@@ -120,7 +120,7 @@ def test_the_first_piece_wins_unless_another_is_ok():
 
 
 def test_a_piece_that_is_gone_ends_the_merge_in_either_pass(monkeypatch):
-    """Without the piece, another one's failed row would stand for its ok one."""
+    """Without the piece, another one's failed row would replace its ok one."""
     monkeypatch.setattr(merge_module, "HELD_BYTES", 0)
     with pytest.raises(PieceGone):
         Merge([lambda: piece_of([0]), lambda: None])
@@ -142,7 +142,7 @@ def test_the_first_of_several_rows_with_different_keys_is_named():
 
 
 def test_small_fragments_are_held_as_few_tables(tmp_path, monkeypatch):
-    """Each was a table in memory: 285,000 fragments of three rows would have needed five gigabytes."""
+    """Each used to be a table in memory: 285,000 fragments of three rows would have needed five gigabytes."""
     held = []
 
     class Seen(Merge):
@@ -168,7 +168,7 @@ def test_small_fragments_are_held_as_few_tables(tmp_path, monkeypatch):
 
 
 def test_a_shard_that_compresses_well_takes_little_memory(tmp_path):
-    """40 fragments of 8 MiB, each a file of 1 kB, were read as one table; with 2 GiB, no commit could be."""
+    """40 fragments of 8 MiB in files of 1 kB used to be read as one table; at 2 GiB, commits would fail."""
     folder = Folder(str(tmp_path))
     for first in range(0, 320, 8):
         write_fragment(folder, piece_of([*range(first, first + 8)], pa.array([bytes(1 << 20)] * 8)))

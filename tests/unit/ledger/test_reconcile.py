@@ -1,4 +1,4 @@
-"""The reconciliation decides the exit status: a row or shard it does not count is lost without a word."""
+"""The reconciliation decides the exit status: a row or shard that it does not count is lost silently."""
 
 import pytest
 

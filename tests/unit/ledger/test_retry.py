@@ -1,4 +1,4 @@
-"""Which rows a retry runs: one too few stays lost, one too many costs an accelerator its time."""
+"""Which rows a retry runs: a missing one stays lost, and an extra one wastes an accelerator's time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STATUSES = {
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    """A finished run. The key of each row is its number with the first letter of its shard."""
+    """A finished run. The key of each row is its number and the first letter of its shard."""
     folder = Folder(str(tmp_path / "out"))
     shards = tuple(Shard(name=n, format="webdataset", root="/in", files=(n,)) for n in STATUSES)
     ledger = Ledger(folder)
@@ -95,7 +95,7 @@ def test_it_says_how_many_rows_are_run_again(ledger):
     assert said(RowChoice()) == "3 rows to run again in 2 shards, and what partial shards lack"
     assert said(RowChoice(frozenset({"failed"}))) == "2 rows to run again in 1 shard"
     assert said(RowChoice(keys=frozenset({"a1", "c0"}))) == "1 row to run again in 1 shard, of 2 keys"
-    state = state.without(["b.tar", "c.tar"])  # as --redo-changed leaves them
+    state = state.without(["b.tar", "c.tar"])  # as after --redo-changed
     assert said(RowChoice()) == "3 rows to run again in 1 shard; all rows of 2 shards to run again"
     state = state.without(["a.tar"])
     assert said(RowChoice()) == "all rows of 3 shards to run again"
@@ -105,7 +105,7 @@ def test_a_file_of_keys_has_one_a_line(tmp_path):
     file = tmp_path / "keys"
     file.write_text("a b\n\nc\u2028d\n", encoding="utf-8")
     assert read_keys(str(file)) == {"a b", "c\u2028d"}
-    file.write_bytes(b"\xef\xbb\xbfa b\r\nc\r\n")  # as editors of Windows write it
+    file.write_bytes(b"\xef\xbb\xbfa b\r\nc\r\n")  # as editors on Windows write it
     assert read_keys(file.as_uri()) == {"a b", "c"}
     for content, said in ((b"\n\n", "which has none"), (b"\xff", "must be a UTF-8 file")):
         file.write_bytes(content)
@@ -143,7 +143,7 @@ def test_a_named_row_is_made_again_also_if_it_is_ok(tmp_path):
 
 
 def test_rows_that_have_failed_again_in_a_killed_retry_go_again(tmp_path, monkeypatch):
-    """All of them were in fragments, and so nothing ran, after "1 row to run again" had been said."""
+    """All of them were in fragments, so nothing used to run after "1 row to run again"."""
 
     def connect(run_id=""):
         raise RayStartFailed("Ray is asked for")

@@ -1,4 +1,4 @@
-"""The id of a run: one name in its record, lease, files, metrics and logs, also for runs that had none."""
+"""The id of a run: one name in its record, lease, files, metrics and logs, even for older runs."""
 
 from __future__ import annotations
 

@@ -80,9 +80,9 @@ def test_a_driver_is_refused_when_its_shards_may_be_those_of_another(folder, hel
 
 
 def test_of_a_run_and_a_slice_that_start_together_on_two_machines_at_most_one_goes_on(folder, monkeypatch):
-    """Both had written their lease before either looked, and each waited until it thought the other dead."""
-    monkeypatch.setattr("pipeline.ledger.lease._machine", lambda: "")  # of none that can be looked up
-    # A driver that looked later would find a lease without a heartbeat, and take its holder for dead.
+    """Both used to write their lease before either looked, and each waited until the other seemed dead."""
+    monkeypatch.setattr("pipeline.ledger.lease._machine", lambda: "")  # leases of an unknown machine
+    # A driver that looked later would find a lease without a heartbeat, and believe its holder dead.
     have_looked, have_written = threading.Barrier(2), threading.Barrier(2)
 
     class Simultaneous(Lease):
@@ -107,8 +107,8 @@ def test_of_a_run_and_a_slice_that_start_together_on_two_machines_at_most_one_go
 def test_a_suspended_driver_sees_that_its_shards_were_taken_under_another_lease(
     folder, monkeypatch, suspended, next_one
 ):
-    """It found its own lease as it had left it, and worked on next to the other driver."""
-    monkeypatch.setattr("pipeline.ledger.lease._machine", lambda: "")  # of none that can be looked up
+    """It used to find its own lease unchanged, and to continue next to the other driver."""
+    monkeypatch.setattr("pipeline.ledger.lease._machine", lambda: "")  # leases of an unknown machine
     with Lease(folder, suspended, beat_s=60) as lease:
         with Lease(folder, next_one, beat_s=0.01, dead_after_s=0.05):
             assert list(read_holders(folder)) == [lease_name(next_one)]
@@ -117,7 +117,7 @@ def test_a_suspended_driver_sees_that_its_shards_were_taken_under_another_lease(
 
 
 def test_dead_drivers_of_many_slices_are_waited_for_together(folder, monkeypatch):
-    """Each cost half a minute, at every start."""
+    """Each used to cost half a minute at every start."""
     monkeypatch.setattr("pipeline.ledger.lease._machine", lambda: "")
     for number in range(1, 9):
         Lease(folder, RunSlice(number, 8))._take()
@@ -151,7 +151,7 @@ def test_two_slices_that_start_together_are_one_run(tmp_path):
 def test_of_slices_that_begin_a_run_at_the_same_moment_one_does(
     tmp_path, monkeypatch, has_conditions, prompt
 ):
-    """Each wrote its record over that of the other, and the output had rows of two runs."""
+    """Each used to overwrite the other's record, and the output had rows of two runs."""
     for name in "abcdef":
         write_tar(tmp_path / f"in/{name}.tar", name)
     jobs = [prepare_run(tmp_path, slice="1/2")]
@@ -203,7 +203,7 @@ def test_a_slice_with_another_prompt_does_not_join(tmp_path):
 
 
 def test_a_run_that_another_driver_has_begun_and_ended_meanwhile_is_not_begun_over_it(tmp_path):
-    """Its record was replaced, and its captions then counted as those of another prompt."""
+    """Its record used to be replaced, and its captions then counted as those of another prompt."""
     write_tar(tmp_path / "in/a.tar", "a0")
     jobs = [prepare_run(tmp_path, prompt=prompt) for prompt in (None, "a photo of")]
     work(jobs[0])
@@ -212,14 +212,14 @@ def test_a_run_that_another_driver_has_begun_and_ended_meanwhile_is_not_begun_ov
 
 
 def test_a_slice_without_a_shard_does_not_decide_on_the_dtype_of_the_run(tmp_path, monkeypatch):
-    """It needs no worker, and began the run in the dtype of the driver's own CPU."""
+    """It needs no worker, and used to begin the run in the dtype of the driver's own CPU."""
 
     def connect(run_id=""):
         raise RayStartFailed("no cluster")
 
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     monkeypatch.setattr("pipeline.run.run_job.connected", connect)
-    write_tar(tmp_path / "in/part3.tar", "a0")  # in slice 1 of 4
+    write_tar(tmp_path / "in/part3.tar", "a0")  # belongs to slice 1 of 4
     settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), slice="2/4")
     job = prepare(settings, FakeEngineConfig(dtype="auto"))
     assert not job.part.shards
@@ -229,7 +229,7 @@ def test_a_slice_without_a_shard_does_not_decide_on_the_dtype_of_the_run(tmp_pat
 
 
 def test_the_end_of_a_slice_is_not_that_of_the_run(tmp_path):
-    write_tar(tmp_path / "in/part3.tar", "a0")  # in slice 1 of 4
+    write_tar(tmp_path / "in/part3.tar", "a0")  # belongs to slice 1 of 4
     job = prepare_run(tmp_path, slice="2/4")
     run_job(job, Console(io.StringIO()))
     (attempt,) = read_attempts(job.ledger.folder)

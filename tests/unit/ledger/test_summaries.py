@@ -1,4 +1,4 @@
-"""Kept summaries: `status` opened the footer of each finished file, for ten minutes with 10^5 shards."""
+"""Kept summaries: `status` used to open every finished file's footer, ten minutes for 10^5 shards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ledger(tmp_path):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Return the list of the shards whose footers are read."""
+    """Return the list of shards whose footers are read."""
     seen = []
     original = summaries.read_summary
 
@@ -64,7 +64,7 @@ def test_kept_summaries_say_what_the_footers_say_and_no_footer_is_opened(ledger,
 
 @pytest.mark.parametrize("is_slice", [True, False])
 def test_a_sweep_keeps_the_summaries_of_what_it_commits(ledger, opened, is_slice):
-    """Nobody keeps them later for the driver of a slice, and each later start opened these footers again."""
+    """Nobody stores them later for a slice's driver, so each later start used to open these footers again."""
     for name in NAMES:
         ledger.write_fragment(rows(range(3), shard=name))
         ledger.store_shard_report(ShardReport(shard=name, num_rows=3, complete=True))
@@ -86,7 +86,7 @@ def test_a_file_that_was_written_since_is_opened(ledger, opened):
     "damage", [lambda b: b[: len(b) // 2], lambda b: b"no gzip", lambda b: b[:-4] + b"----"]
 )
 def test_a_damaged_file_of_summaries_is_replaced_by_what_the_footers_say(ledger, opened, damage):
-    """Nothing but finished files and fragments must be right for a resume."""
+    """A resume relies only on finished files and fragments."""
     ledger.keep_summaries([commit(ledger, name) for name in NAMES])
     (kept,) = ledger.scan().summaries
     ledger.folder.put(kept.name, damage(ledger.folder.get(kept.name)))
@@ -106,13 +106,13 @@ def test_summaries_of_a_run_are_tidied_into_few_files_that_stay_true(ledger, ope
         state = ledger.scan()
         ledger.tidy_summaries(state, ledger.reconcile(RUN, state))
         assert len(ledger.scan().summaries) == num_files
-    age(ledger, "a.tar", seconds=-1)  # a copy of before was put back
+    age(ledger, "a.tar", seconds=-1)  # as if an earlier copy was restored
     ledger.reconcile(RUN, ledger.scan())
     assert opened == ["a.tar"]
 
 
 def test_summaries_are_read_once_and_only_those_that_changed_are_written(ledger, monkeypatch):
-    """Each end of a run read all files of summaries twice, and wrote all anew for one shard."""
+    """Each end of a run used to read all summary files twice, and to rewrite all for one shard."""
     ledger.keep_summaries([commit(ledger, name) for name in NAMES])
     age(ledger, "b.tar", seconds=60)
     (before,) = ledger.scan().summaries
@@ -149,7 +149,7 @@ def test_runs_of_before_have_no_kept_summaries_until_a_run_ends(ledger, opened):
 
 
 def test_a_file_under_the_name_of_another_shard_ends_nothing(ledger):
-    """`blip2 verify` names it; a resume ended with KeyError: 'a.tar'."""
+    """`blip2 verify` names it; a resume used to end with KeyError: 'a.tar'."""
     for name in NAMES:
         commit(ledger, name)
     a, b = (ledger.folder.path(output_name(name)) for name in NAMES[:2])

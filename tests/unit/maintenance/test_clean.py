@@ -1,4 +1,4 @@
-"""`blip2 clean` deletes what is of no use, and never a row that is nowhere else."""
+"""`blip2 clean` deletes what is useless, and never the only copy of a row."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def folder(tmp_path: Path) -> Folder:
     for name in ("_blip2/tmp/half", "_blip2/probe-1", *PLANS):
         folder.put(name, b"1234")
     os.utime(folder.path(PLANS[0]), (0, 0))
-    write_fragment(folder, rows([0], shard="in/0.tar"))  # of a straggler: its rows are in the file
+    write_fragment(folder, rows([0], shard="in/0.tar"))  # from a straggler: its rows are in the file
     write_fragment(folder, rows([1], shard="in/0.tar"), generation=2)
     write_fragment(folder, rows([0], shard="gone/0.tar"))
     store_shard_report(folder, ShardReport(shard="gone/0.tar", num_rows=1, complete=True))
-    retried = rows([1], shard="in/1.tar", word="retried")  # of a retry: better than the row in the file
+    retried = rows([1], shard="in/1.tar", word="retried")  # from a retry: better than the row in the file
     write_fragment(folder, retried.set_column(0, retried.schema.field("key"), pa.array(["y"])))
     dead = dataclasses.replace(Holder.of_this_process(), process_start="1")
     for lease in (LEASE, lease_name(RunSlice(1, 2))):
@@ -97,7 +97,7 @@ def test_what_is_of_no_use_is_deleted_and_a_retry_goes_on_with_the_rest(folder, 
 
 
 def test_no_driver_can_begin_until_all_is_deleted(folder, monkeypatch):
-    """The lease of a dead driver was listed, and its name is that of the lease of the command."""
+    """A dead driver's lease used to be listed for deletion, under the name of the command's own lease."""
     is_held: list[bool] = []
     drop_markers = Ledger.drop_markers
 
@@ -121,7 +121,7 @@ def test_it_is_refused_while_a_driver_is_at_work(folder, yes, capsys):
 
 
 def test_it_keeps_the_rows_of_shards_that_another_driver_has_just_added(tmp_path, monkeypatch, capsys):
-    """The run was loaded before the lease was taken."""
+    """The run used to be loaded before the lease was taken."""
     folder = Folder(str(finished_run(tmp_path)))
     (tmp_path / "in" / "2.tar").write_bytes(tar_bytes([("n.jpg", b"new")]))
 
@@ -168,7 +168,7 @@ def test_a_folder_without_a_run_loses_only_what_a_plan_has_left(tmp_path, capsys
 
 @pytest.mark.parametrize("lists", [("shards-0123ef.jsonl.gz",), ("shards-ab.jsonl.gz", "shards.jsonl.gz")])
 def test_lists_of_shards_that_no_run_reads_are_deleted(tmp_path, capsys, lists):
-    """A driver of a slice that dies before it has begun the run leaves its list, which nobody knew."""
+    """A slice's driver that dies before it has begun the run leaves its list, which used to be overlooked."""
     folder = Folder(str(tmp_path))
     names = [f"_blip2/{name}" for name in lists]
     for name in names:
@@ -179,7 +179,7 @@ def test_lists_of_shards_that_no_run_reads_are_deleted(tmp_path, capsys, lists):
 
 
 def test_the_list_of_shards_stays_if_the_record_of_a_run_with_rows_is_lost(folder, capsys):
-    """With a copy of `run.json` the run goes on."""
+    """With a copy of `run.json` the run can continue."""
     record = folder.get(RUN_FILE)
     folder.delete(RUN_FILE)
     assert cleaned(folder, yes=True) == 0

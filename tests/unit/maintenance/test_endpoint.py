@@ -1,4 +1,4 @@
-"""What an endpoint, or a proxy in front of it, may answer to `blip2 verify --url`."""
+"""The replies of an endpoint, or of a proxy before it, to `blip2 verify --url`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @contextmanager
 def server(answers: list[Answer], keys: list[str | None] | None = None) -> Iterator[str]:
-    """Serve the answers one after the other; `keys` gets the key of each request."""
+    """Serve the answers in order; `keys` collects the key of each request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -68,7 +68,7 @@ def test_a_refusal_of_a_proxy_is_told_by_its_status(body: bytes) -> None:
 
 
 def test_neither_request_nor_key_follows_to_another_address() -> None:
-    """A batch of images did not follow either: only the first question did."""
+    """Batches of images used not to follow redirects, but the first request did."""
     first, second = list[str | None](), list[str | None]()
     with (
         server([(200, {}, b"{}")], second) as other,
@@ -80,7 +80,7 @@ def test_neither_request_nor_key_follows_to_another_address() -> None:
 
 
 def test_no_proxy_is_between_a_job_and_its_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first question went through the proxy of the environment, and batches of images did not."""
+    """The first request used to go through the environment's proxy, but batches of images did not."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with server([(200, {}, b'{"model": "a"}')]) as url:
         assert Endpoint(url).model() == {"model": "a"}

@@ -19,7 +19,7 @@ from tests.unit.export.finished_run import write_run
 
 
 def test_each_row_is_named_whose_image_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only their shard was."""
+    """Only their shard used to be named."""
 
     def two_images(*what: Any) -> Any:
         images = read_images(*what)

@@ -1,4 +1,4 @@
-"""`blip2 verify`: each fault is provoked, and must be named with its remedy. One that is not is lost data."""
+"""`blip2 verify`: each provoked fault must be named with its remedy. A missed one means lost data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the output, which a test may damage; its input is where the run has read it."""
+    """A copy of the output for a test to damage; its input is where the run has read it."""
     shutil.copytree(finished / "out", tmp_path / "out")
     return tmp_path
 
@@ -51,7 +51,7 @@ def verified(root: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[
 
 
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Write a file again with other rows, other columns or another footer."""
+    """Rewrite a file with other rows, other columns or another footer."""
     footer = {key: value for key, value in pq.read_metadata(path).metadata.items() if key != b"ARROW:schema"}
     table = change(pq.read_table(path).replace_schema_metadata(footer))
     with pq.ParquetWriter(path, table.schema.remove_metadata()) as writer:
@@ -263,7 +263,7 @@ def test_an_input_that_has_changed_is_a_fault_and_one_that_is_gone_is_told(tmp_p
 
 
 def test_a_file_that_is_gone_hides_no_other_of_its_name(tmp_path, capsys):
-    """The bytes of y/a.tar were not compared when x/a.tar was gone, and no fault was told."""
+    """The bytes of y/a.tar used not to be compared if x/a.tar was missing, and no fault was reported."""
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.tar").write_bytes(tar_bytes([("a.jpg", name.encode() * 9)]))
@@ -276,7 +276,7 @@ def test_a_file_that_is_gone_hides_no_other_of_its_name(tmp_path, capsys):
 
 
 def _change_in_place(tar: Path) -> None:
-    """Change a byte of an image, and nothing that a listing shows, as `rsync --times` leaves it."""
+    """Change a byte of an image but nothing that a listing shows, as after `rsync --times`."""
     times = tar.stat()
     content = bytearray(tar.read_bytes())
     content[513] ^= 1
@@ -301,7 +301,7 @@ def test_retried_rows_are_verified_like_others(tmp_path, capsys):
 
 
 def test_an_output_of_an_older_version_has_no_fault(tmp_path, capsys):
-    """Its footers lack what is newer, and its pages have no checksums."""
+    """Its footers lack newer fields, and its pages have no checksums."""
     stored = Path(__file__).parents[2] / "fixtures/stored_run"
     assert verify(VerifySettings(output=str(stored / "finished"))) == 0
     assert "3 files of" in capsys.readouterr().out
@@ -323,7 +323,7 @@ def test_a_damaged_file_is_named_once_with_one_remedy(root, capsys):
 
 @pytest.mark.parametrize("name", ["run.json", "shards.jsonl.gz"])
 def test_a_damaged_record_is_refused_by_name(root, capsys, name):
-    """A record that was cut ended in a traceback."""
+    """A truncated record used to end in a traceback."""
     record = root / "out/_blip2" / name
     record.write_bytes(record.read_bytes()[:-20])
     assert status(StatusSettings(output=str(root / "out"))) == 3

@@ -1,4 +1,4 @@
-"""What the tests of the readers share: read a shard to its end, write a tar member by member."""
+"""Shared by the tests of the readers: read a shard to its end, write a tar member by member."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], **options: Any) -> bytes:
 
 
 def not_utf8(*texts: bytes | None) -> pa.Array:
-    """Return strings of any bytes, which Arrow and Parquet do not check."""
+    """Return strings of arbitrary bytes, which Arrow and Parquet do not check."""
     return pa.Array.from_buffers(pa.string(), len(texts), pa.array(texts, pa.binary()).buffers())
 
 

@@ -26,7 +26,7 @@ from tests.unit.inputs.formats.reading_cases import shard_at, tar_bytes
     ],
 )
 def test_a_member_that_no_sample_has_is_refused(tmp_path, options, message):
-    """Every row would lack its score, its prompt or its kept column, and the run would be a success."""
+    """Every row would lack its score, prompt or kept column, and the run would still succeed."""
     members = [(f"{at:02}.{kind}", b"x") for at in range(20) for kind in ("jpg", "TXT")]
     members.insert(20, ("09.url", b"x"))
     (tmp_path / "0.tar").write_bytes(tar_bytes(members))

@@ -1,4 +1,4 @@
-"""Tars that are cut, damaged or compressed: no cut, whatever it hits, loses a row silently."""
+"""Tars that are cut, damaged or compressed: no cut, wherever it is, loses a row silently."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_compression_is_recognized_by_the_content(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
 def test_images_without_an_ending_are_found_in_a_compressed_tar(tmp_path, kind):
-    """Their heads are looked at before they are read: of zstd, the first lost it, and the rest was lost."""
+    """Their first bytes are checked before reading: for zstd, the first image was lost, and then the rest."""
     images = [(f"im{size}", encoded("PNG") + bytes(size)) for size in (0, 600, 100_000, 5)]
     plain = tar_bytes([images[0], ("notes", b"no image"), *images[1:], ("last.jpg", b"last")])
     content = pa.compress(plain, codec="zstd", asbytes=True)
@@ -60,7 +60,7 @@ def test_images_without_an_ending_are_found_in_a_compressed_tar(tmp_path, kind):
 
 @pytest.mark.parametrize("opened", [gzip.GzipFile, bz2.BZ2File])
 def test_a_compressed_tar_is_never_read_from_its_beginning_again(tmp_path, monkeypatch, opened):
-    """An image without an ending was opened twice, and to go back decompresses all that is before it."""
+    """Images without an ending used to be opened twice; seeking back decompresses everything before them."""
     images = [(str(number), encoded("PNG") + bytes(number)) for number in range(0, 40_000, 100)]
     shard = write_tar_shard(
         tmp_path, {gzip.GzipFile: gzip, bz2.BZ2File: bz2}[opened].compress(tar_bytes(images))
@@ -68,7 +68,7 @@ def test_a_compressed_tar_is_never_read_from_its_beginning_again(tmp_path, monke
     seek = opened.seek
 
     def forward(file: gzip.GzipFile | bz2.BZ2File, offset: int, whence: int = 0) -> int:
-        assert whence or offset >= file.tell()  # which is a seek, too
+        assert whence or offset >= file.tell()  # `tell` also seeks
         return seek(file, offset, whence)
 
     monkeypatch.setattr(opened, "seek", forward)
@@ -78,7 +78,7 @@ def test_a_compressed_tar_is_never_read_from_its_beginning_again(tmp_path, monke
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_a_cut_of_a_compressed_tar_costs_few_rows_before_it(tmp_path, kind):
-    """Of zstd, the 4 MiB before the cut were lost: all rows of most tars."""
+    """With zstd, the 4 MiB before the cut used to be lost: all rows of most tars."""
     random = np.random.default_rng(0)
     plain = tar_bytes((f"{row:02}.jpg", random.bytes(50_000)) for row in range(40))
     content = gzip.compress(plain) if kind == "gz" else pa.compress(plain, codec="zstd", asbytes=True)
@@ -99,7 +99,7 @@ SKIPPABLE = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
 
 @pytest.mark.parametrize(("kind", "between"), [("xz", bytes(8)), ("zst", bytes(7)), ("zst", SKIPPABLE)])
 def test_padding_and_skippable_frames_are_no_damage(tmp_path, kind, between):
-    """Rows before the padding of a zstd tar were lost, and a padded xz tar was taken for a cut one."""
+    """Rows before the padding of a zstd tar used to be lost, and a padded xz tar was taken for a cut one."""
     plain = tar_bytes((f"{row:02}.jpg", bytes([row]) * 5000) for row in range(30))
     parts = [
         lzma.compress(part) if kind == "xz" else pa.compress(part, "zstd", asbytes=True)
@@ -180,7 +180,7 @@ def test_a_damaged_header_ends_the_tar_and_is_reported(cuts, data):
 
 
 def with_size(content: bytes, header: int, size: bytes) -> bytes:
-    """Replace the field of the size in a header, whose checksum stays right."""
+    """Replace the size in a header, and correct its checksum."""
     block = bytearray(content[header : header + 512])
     block[124:136] = size.ljust(12, b"\0")
     block[148:156] = b" " * 8
@@ -193,7 +193,7 @@ def with_size(content: bytes, header: int, size: bytes) -> bytes:
     "size", [b"\x80\x01", b"\x80\0\0\0" + b"\xff" * 8, b"7" * 11, b"-1000", b"-10000", b"\xff" * 11], ids=str
 )
 def test_a_damaged_size_costs_the_sample_and_what_follows(tmp_path, size, compressed):
-    """A size that no file has ended the job; a negative one led back to its own header, for ever."""
+    """A size beyond any file used to end the job; a negative one led back to its own header forever."""
     content = tar_bytes([("0.jpg", b"a"), ("1.jpg", b"b"), ("2.jpg", b"c")])
     rows, report = read_rows(write_tar_shard(tmp_path, compressed(with_size(content, 1024, size))))
     assert [row["key"] for row in rows] == ["0"]
@@ -224,7 +224,7 @@ def _header(kind: bytes, size: int, content: bytes, count: int = 1) -> bytes:
 def test_a_bad_header_for_the_next_one_costs_no_row_before_it(
     tmp_path, header, reason, num_samples, compressed
 ):
-    """One that begins the tar, or states a size like these, ended the task that read it."""
+    """One that begins the tar, or states such a size, used to end the task that read it."""
     before = tar_bytes([(f"{at}.jpg", b"image") for at in range(num_samples)])[: num_samples * 1024]
     content = before + header + tar_bytes([("last.jpg", b"last")])
     rows, report = read_rows(write_tar_shard(tmp_path, gzip.compress(content) if compressed else content))
@@ -259,7 +259,7 @@ def test_a_tar_that_no_longer_exists_is_partial(tmp_path, monkeypatch):
     shard = shard_at(tmp_path / "gone.tar", "webdataset")
     rows, report = read_rows(shard)
     assert (rows, report.num_rows, report.complete) == ([], 0, False)
-    monkeypatch.setattr(tar, "open_below", Mock(side_effect=TimeoutError))  # which says nothing
+    monkeypatch.setattr(tar, "open_below", Mock(side_effect=TimeoutError))  # which says nothing of the tar
     assert read_rows(shard)[1].reason == f"{shard.uri}: TimeoutError"
 
 
@@ -268,7 +268,7 @@ def test_an_empty_tar_is_complete(tmp_path):
 
 
 def test_a_tar_in_large_records_is_whole(tmp_path):
-    """`tar -b 8192` fills its last record of 4 MiB with zeros: every such tar was partial."""
+    """`tar -b 8192` fills its last record of 4 MiB with zeros: every such tar used to be partial."""
     content = tar_bytes([("0.jpg", b"x")])
     rows, report = read_rows(write_tar_shard(tmp_path, content.ljust(4 << 20, b"\0")))
     assert len(rows) == 1 and report.complete

@@ -1,4 +1,4 @@
-"""Cells with lists of images and with base64: each image is a row, and what is none costs its row alone."""
+"""Cells with lists of images and with base64: each image is a row, and a bad one costs only its row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.inputs.shards import Shard
 from tests.unit.inputs.formats.reading_cases import encoded, read_rows, shard_at
 
 LISTS = [[b"a", b"b"], [], None, [b"c", None, b""], [b"d"]]
-"""Eight rows: a list without an element is one."""
+"""Eight rows: an empty list is one."""
 
 
 def table(
@@ -64,7 +64,7 @@ def test_each_element_of_a_list_is_a_row(tmp_path: Path, type: pa.DataType) -> N
 
 @pytest.mark.parametrize("type", [pa.string_view(), pa.list_(pa.struct([("a", pa.binary_view())]))], ids=str)
 def test_columns_of_views_stand_next_to_lists(tmp_path: Path, type: pa.DataType) -> None:
-    """Arrow 26 takes no rows of views: all rows of such a table were unreadable."""
+    """Arrow 26 takes no rows of views, so all rows of such a table used to be unreadable."""
     value = "a" if pa.types.is_string_view(type) else [{"a": b"x"}]
     columns = {"images": pa.array([[b"a", b"b"]], pa.list_(pa.binary())), "n": pa.array([value], type)}
     rows, _ = read_rows(table(tmp_path, columns), keep=("n",))
@@ -97,7 +97,7 @@ def test_lists_are_divided_by_row_groups_and_limited_by_images(
 def test_lists_are_counted_next_to_a_column_whose_name_begins_like_theirs(
     tmp_path: Path, count: pa.Array
 ) -> None:
-    """The elements of `images.n` were counted for those of `images`, and the rest of the images was lost."""
+    """The elements of `images.n` used to be counted for `images`, and the other images were lost."""
     cells = pa.array(LISTS, pa.list_(pa.binary()))
     shard = table(tmp_path, {"images.n": count, "images": cells}, row_group_size=2)
     rows, report = read_rows(shard, image_column="images")
@@ -126,7 +126,7 @@ def test_a_list_of_urls_is_fetched(tmp_path: Path) -> None:
 
 
 def test_a_run_of_the_first_version_of_the_contract_has_no_lists(tmp_path: Path) -> None:
-    """Its rows have no `member` that could tell the images of a list apart."""
+    """Its rows have no `member`, which would distinguish the images of a list."""
     shard = table(tmp_path, {"images": pa.array(LISTS, pa.list_(pa.binary()))})
     with pytest.raises(InputError, match="no column of image bytes"):
         check_options([shard], ReadOptions(schema_version=1))
@@ -181,7 +181,7 @@ def test_the_limit_of_an_image_holds_for_what_is_decoded(tmp_path: Path) -> None
 
 
 def test_two_columns_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
-    """The job ended with a KeyError."""
+    """The job used to end with a KeyError."""
     made = pa.Table.from_arrays(
         [pa.array([b"x"]), pa.array([b"y"]), pa.array(["z"])], ["image", "image", "n"]
     )
@@ -201,7 +201,7 @@ def test_two_columns_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
     "metadata", [b"{", b"\xff", b"[]", b'{"info": 1}', b'{"info": {"features": []}}', b'{"info": null}']
 )
 def test_damaged_metadata_of_the_datasets_library_is_left_out(tmp_path: Path, metadata: bytes) -> None:
-    """The job ended with a JSONDecodeError."""
+    """The job used to end with a JSONDecodeError."""
     shard = table(tmp_path, {"image": [b"x"]}, {b"huggingface": metadata})
     check_options([shard], ReadOptions())
     rows, report = read_rows(shard)

@@ -1,4 +1,4 @@
-"""Kept columns have one type in every file of an output, whatever the single shards know of it."""
+"""Kept columns have one type in all files of an output, whatever a single shard knows of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def of(label: list | pa.Array) -> dict:
 
 
 def test_an_empty_and_a_broken_first_table_have_the_columns_of_the_others(tmp_path):
-    """Their kept columns had the type null, so that pyarrow, datasets and DuckDB could not join the files."""
+    """Their kept columns used to have the type null, so pyarrow, datasets and DuckDB could not join them."""
     write_tables(tmp_path, {"label": pa.nulls(0)}, {}, of([{"a": 1}, None]))
     (tmp_path / "in" / "1.parquet").write_bytes(b"broken")
     assert run(tmp_path, reading=ReadOptions(keep=("label",))).num_rows == 2
@@ -58,7 +58,7 @@ def test_an_empty_and_a_broken_first_table_have_the_columns_of_the_others(tmp_pa
 
 
 def test_a_table_that_lacks_a_kept_column_has_nulls_and_a_note(tmp_path):
-    """All its rows were lost to a partial shard."""
+    """All its rows used to be lost, and the shard became partial."""
     write_tables(tmp_path, of(["one"]), {"image": [b"x", b"y"]})
     done = run(tmp_path, reading=ReadOptions(keep=("mine=label",)))
     assert (done.num_ok, done.partial) == (3, [])
@@ -86,7 +86,7 @@ def test_types_that_nothing_joins_are_refused_by_both_files(tmp_path):
 @pytest.mark.parametrize("is_dictionary", [False, True])
 @pytest.mark.parametrize("first", [pa.int64(), pa.int8()])
 def test_signed_integers_and_uint64_are_refused(tmp_path, first, is_dictionary):
-    """They became int64, and the upper half of uint64 negative numbers."""
+    """They used to become int64, and the upper half of uint64 became negative."""
     second = pa.array([2**63 + 5], pa.uint64())
     second = second.dictionary_encode() if is_dictionary else second
     write_tables(tmp_path, of(pa.array([1], first)), of(second))
@@ -106,7 +106,7 @@ def test_a_pair_that_arrow_joins_and_cannot_cast_is_refused(tmp_path):
 
 @pytest.mark.parametrize("wrap", [lambda value: value, lambda value: [value]], ids=["plain", "list"])
 def test_a_value_that_the_common_type_does_not_hold_is_null_and_noted(tmp_path, wrap):
-    """2 ** 53 + 1 became 2 ** 53, and nothing said so."""
+    """2 ** 53 + 1 used to become 2 ** 53 silently."""
     integers, floats = [7, 2**53 + 1, None, -(2**53)], [1.5, None]
     columns = [[value and wrap(value) for value in values] for values in (integers, floats)]
     write_tables(tmp_path, *map(of, columns))
@@ -145,7 +145,7 @@ def test_tars_and_tables_have_one_type(tmp_path):
 
 
 def test_a_tensor_is_kept_as_its_list(tmp_path):
-    """Arrow cannot make one of Python values: the shard was captioned and could not be committed."""
+    """Arrow cannot make one of Python values: the shard used to be captioned, but could not be committed."""
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(8, dtype=np.int8).reshape(2, 2, 2))
     write_tables(tmp_path, {"image": [b"x", b"x"], "label": tensors}, {"image": [b"x"]})
     assert run(tmp_path, reading=ReadOptions(keep=("label",))).num_ok == 3
@@ -172,7 +172,7 @@ def test_types_become_plain_on_every_level(type, plain):
 
 
 def test_kept_texts_that_are_not_utf8_leave_the_output_readable(tmp_path):
-    """`show`, `export` and `report` could not read an output with such a text."""
+    """`show`, `export` and `report` used to be unable to read an output with such a text."""
     note = not_utf8(b"a", b"\xffb", None)
     lists = pa.ListArray.from_arrays([0, 1, 3, 3], not_utf8(b"c", b"d", b"\xff"))
     write_tables(tmp_path, {"image": [b"x"] * 3, "note": note, "lists": lists})

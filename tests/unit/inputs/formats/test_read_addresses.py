@@ -1,4 +1,4 @@
-"""Tables and tars that name their images by address: what is read, and what is refused before work."""
+"""Tables and tars that name images by address: what is read, and what is refused before work."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ REFUSED = [
 
 
 def test_an_address_must_not_lead_to_a_server_of_this_network() -> None:
-    """Its author may be unknown. Only web servers were held to public addresses."""
+    """The author of a table may be unknown. Only web servers used to be limited to public addresses."""
     assert [address for address in ALLOWED if refusal(address)] == []
     assert [address for address in REFUSED if not refusal(address, "/data")] == []
     reason = refusal("ftp://user:secret@host/a?key=secret")

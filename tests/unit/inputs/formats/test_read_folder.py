@@ -49,7 +49,7 @@ def test_a_file_that_cannot_be_read_costs_only_its_row(tmp_path):
 
 
 def test_a_name_that_is_not_utf8_is_read(tmp_path):
-    """Arrow takes such a name only as bytes: the image was unreadable."""
+    """Arrow takes such a name only as bytes, so the image used to be unreadable."""
     (tmp_path / "caf\udce9.jpg").write_bytes(b"a")
     (shard,) = list_shards(str(tmp_path))
     ((row,), _) = read_rows(shard)

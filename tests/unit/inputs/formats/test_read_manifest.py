@@ -1,4 +1,4 @@
-"""Manifests: every record one row, whatever is in it, and the manifest a part of the input's identity."""
+"""Manifests: every record is one row, whatever it holds, and the manifest identifies the input."""
 
 from __future__ import annotations
 
@@ -112,17 +112,17 @@ def test_a_record_that_cannot_be_read_costs_its_own_row(
 
 @pytest.mark.parametrize(("name", "delimiter"), [("list.tsv", "\t"), ("list.csv", ",")])
 def test_a_field_may_be_as_long_as_an_image(tmp_path: Path, name: str, delimiter: str) -> None:
-    """Python's `csv` refuses fields of more than 128 KiB, and the rows of larger data URIs were lost."""
+    """Python's `csv` refuses fields above 128 KiB, so the rows of larger data URIs used to be lost."""
     uri = "data:image/png;base64," + "A" * 200_000
     rows = rows_of(tmp_path / name, f'path{delimiter}n\n"{uri}"{delimiter}1\nb.jpg{delimiter}2\n')
     assert [row[ADDRESS] for row in rows] == [uri, f"{tmp_path}/b.jpg"]
-    # The whole data URI was the key.
+    # The whole data URI used to be the key.
     assert [row["key"] for row in rows] == ["data:189f33950096385434bf8710800a119e", "b.jpg"]
 
 
 @pytest.mark.parametrize("option", ["key_column", "prompt_column", "keep"])
 def test_half_of_a_character_costs_its_row_only_if_it_is_used(tmp_path: Path, option: str) -> None:
-    """Arrow takes no such text: the table, and with it the job, could not be made."""
+    """Arrow takes no such text, so the table could not be made and the job ended."""
     notes = ["whole 😀", "cut \ud83d", "plain"]
     content = "".join(json.dumps({"path": f"{at}.jpg", "n": note}) + "\n" for at, note in enumerate(notes))
     rows = rows_of(tmp_path / "list.jsonl", content, **{option: ("n",) if option == "keep" else "n"})
@@ -132,7 +132,7 @@ def test_half_of_a_character_costs_its_row_only_if_it_is_used(tmp_path: Path, op
 
 @pytest.mark.parametrize(("name", "delimiter"), [("list.tsv", "\t"), ("list.csv", ",")])
 def test_a_quote_within_a_field_is_a_character(tmp_path: Path, name: str, delimiter: str) -> None:
-    """Each odd one joined the lines up to the next one to one row, and nothing said so."""
+    """Each odd quote used to join the lines up to the next one silently to one row."""
     notes = ['a 5" pipe', "plain", 'x"" "', '"6"" of\n7"" x"y"', ""]
     lines = ["path,note", *(f"{number}.jpg,{note}" for number, note in enumerate(notes))]
     rows = rows_of(tmp_path / name, "\n".join(lines).replace(",", delimiter), keep=("note",))
@@ -141,7 +141,7 @@ def test_a_quote_within_a_field_is_a_character(tmp_path: Path, name: str, delimi
 
 
 def test_a_quote_that_does_not_end_is_no_value(tmp_path: Path) -> None:
-    """The lines after it were taken for the end of a prompt or a kept column."""
+    """The lines after it used to be read as the end of a prompt or a kept column."""
     rows = rows_of(tmp_path / "list.csv", 'path,note\na.jpg,1\nb.jpg,"2\nc.jpg,3\n', keep=("note",))
     assert [row["status"] for row in rows] == [None, "unreadable"]
     assert "a quote does not end" in rows[1]["error"]
@@ -149,7 +149,7 @@ def test_a_quote_that_does_not_end_is_no_value(tmp_path: Path) -> None:
 
 @given(st.text('",\t\n\ra', max_size=40), st.sampled_from(["csv", "tsv"]))
 def test_records_are_those_of_the_csv_module(text: str, kind: records.Kind) -> None:
-    text = re.sub("\r(?!\n)", "", text)  # Lines of a manifest end in a line feed.
+    text = re.sub("\r(?!\n)", "", text)  # lines of a manifest end in a line feed
 
     def rows(part: str) -> list[list[str]]:
         found = csv.reader(io.StringIO(part, newline=""), "excel" if kind == "csv" else "excel-tab")
@@ -163,7 +163,7 @@ def test_records_are_those_of_the_csv_module(text: str, kind: records.Kind) -> N
 def test_a_manifest_is_divided_and_each_part_is_read_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part begins at its bytes, so that the manifest is not read from its start for each of them."""
+    """A part begins at its own bytes, so that the manifest is not read from its start for each part."""
     monkeypatch.setattr(manifest, "ROWS_PER_SHARD", 4)
     path = tmp_path / "list.csv"
     path.write_text("path,note\n" + "".join(f'{n}.jpg,"a\n\nb"\n\n' for n in range(10)))

@@ -97,7 +97,7 @@ def test_key_prompt_and_kept_columns(tmp_path):
 
 @pytest.mark.parametrize("type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_a_text_that_is_not_utf8_costs_its_own_row(tmp_path, type):
-    """As a prompt or a text to score it ended the job; as a key it made the output unreadable."""
+    """As a prompt or a text to score, it used to end the job; as a key, it made the output unreadable."""
     texts = not_utf8(b"a", None, b"\xffb", "ü".encode(), b"c\xfe")
     texts = texts.dictionary_encode() if pa.types.is_dictionary(type) else texts.cast(type)
     shard = write(tmp_path, {"image": [b"0", b"1", b"2", b"3", None], "n": texts})
@@ -132,7 +132,7 @@ def test_the_name_of_a_column_that_is_not_utf8_is_damage(tmp_path):
 
 
 def test_a_table_that_cannot_be_opened_is_refused_by_its_name(tmp_path):
-    """It said that magic bytes were missing, and not in which file."""
+    """The message used to say that magic bytes were missing, but not in which file."""
     path = tmp_path / "0.parquet"
     path.write_bytes(b"no table")
     with pytest.raises(InputError, match=rf"^{path} cannot be opened as a Parquet table .*; repair the file"):
@@ -221,7 +221,7 @@ def test_a_limit_caps_rows_and_is_not_partial(tmp_path):
 
 
 def damage(path, group: int) -> None:
-    """Overwrite the pages of the images of a row group."""
+    """Overwrite the image pages of a row group."""
     metadata = pq.read_metadata(path)
     names = [metadata.schema.column(at).path for at in range(metadata.num_columns)]
     chunk = metadata.row_group(group).column(names.index("image"))
@@ -236,7 +236,7 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path):
     whole, _ = read_rows(shard, keep=("text",))
     damage(tmp_path / "0.parquet", group=1)
     tables, report = read_tables(shard, keep=("text",))
-    rows = pa.concat_tables(tables).to_pylist()  # This fails if the schemas differ.
+    rows = pa.concat_tables(tables).to_pylist()  # fails if the schemas differ
     assert rows[:10] == whole[:10] and rows[20:] == whole[20:]
     assert [row["row"] for row in rows] == list(range(30))
     assert {(row["image"], row["status"]) for row in rows[10:20]} == {(None, "unreadable")}
@@ -246,7 +246,7 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path):
 
 
 def test_a_range_that_a_table_does_not_have_any_more_is_a_partial_shard(tmp_path):
-    """Runs of 0.1.0 and web servers know no stamps, so that only reading tells; it ended the job."""
+    """Runs of 0.1.0 and web servers have no stamps, so only reading notices it, which used to end the job."""
     shard = write(tmp_path, numbered(30), row_group_size=10)
     rows, report = read_rows(replace(shard, row_groups=(2, 4)))
     assert (rows, report.num_rows, report.complete) == ([], 0, False)
@@ -276,7 +276,7 @@ def test_tables_are_small_and_the_same_every_time(tmp_path):
 
 @pytest.mark.parametrize("column", ["image", "a.b.image", "image.", "struct"])
 def test_batches_are_small_whatever_the_name_of_the_column(tmp_path, column):
-    """A name with a dot was not found in the footer, so that a batch had 512 rows of any size."""
+    """A name with a dot was not found in the footer, so a batch had 512 rows of any size."""
     images = pa.array([b"x" * 1000] * 100)
     cells = pa.StructArray.from_arrays([images], ["bytes"]) if column == "struct" else images
     table = {column: cells, "image_of_another": images}
@@ -303,7 +303,7 @@ def test_an_empty_table_is_complete(tmp_path):
 
 @pytest.mark.parametrize("images", [[b"a", None, b"b"], [[b"a"], [None, b"b"], []]], ids=["bytes", "lists"])
 def test_a_damaged_description_of_a_column_does_not_end_the_process(tmp_path, images):
-    """Without its mark for nulls, a column has fewer levels than its statistics, which Arrow refuses."""
+    """Without its mark for nulls, a column has fewer levels than its statistics say, which Arrow refuses."""
     shard = write(tmp_path, {"image": images})
     content = (tmp_path / "0.parquet").read_bytes()
     damaged = content.replace(b"\x02\x18\x05image", b"\0\x18\x05image")
@@ -324,7 +324,7 @@ def test_row_groups_that_do_not_make_up_the_file_are_no_rows(tmp_path, sizes):
     numbers = [
         at for at in range(footer, len(content)) if content[at : at + 2] == bytes([0x16, 2 * group_rows])
     ]
-    # Each row group has it twice: for the values of its column, and for its rows.
+    # Each row group has the number twice: for the values of its column, and for its rows.
     for at, size in zip(numbers[::-2], sizes, strict=False):
         content[at + 1] = 2 * size if size >= 0 else -2 * size - 1
     (tmp_path / "0.parquet").write_bytes(content)

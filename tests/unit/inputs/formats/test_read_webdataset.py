@@ -1,4 +1,4 @@
-"""Reading tars: what a row is, and which rows and tables a reader gives."""
+"""Reading tars: what makes a row, and which rows and tables a reader yields."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
 
 
 def test_every_image_of_a_sample_is_a_row_unless_one_is_named(tmp_path):
-    """Of `shot.2021.00.jpg` to `03`, or of left and right, one was captioned and the others were left out."""
+    """Of `shot.2021.00.jpg` to `03`, or of left and right, all but one used to be left out."""
     members = [("1.txt", b"t"), ("1.right.png", b"right"), ("1.left.png", b"left"), ("2.left.png", b"")]
     shard = tar_shard_of(tmp_path, *members)
     rows, report = read_rows(shard, keep=("txt",))
@@ -108,11 +108,11 @@ def test_members_with_dotted_names_are_a_row_each_and_a_limit_may_cut_between_th
 
 @pytest.mark.parametrize("keep", [(), ("txt",), ("json",)])
 def test_the_images_of_a_sample_that_is_a_whole_tar_are_not_held_at_once(tmp_path, monkeypatch, keep):
-    """`clip.000000.jpg` and all that follow share a key, and a worker held the images of the whole tar."""
+    """All members like `clip.000000.jpg` share a key, so a worker used to hold all images of the tar."""
     clip = [(f"clip.{at:03}.jpg", b"%d" % at) for at in range(40)]
     members = [*clip[:5], ("clip.txt", b"t"), *clip[5:], ("clip.json", b"{}"), ("b.jpg", b"b"), clip[0]]
     content = tar_bytes(members)
-    # As a whole, and cut in the padding, in the content and in the header of an image in the middle.
+    # The tar is whole, or is cut in the padding, content or header of an image in the middle.
     for end in (len(content), *(tarfile.BLOCKSIZE * 60 - cut for cut in (1, 511, 513))):
         shard, found = write_tar_shard(tmp_path, content[:end]), []
         for limit in (1, 1000):
@@ -127,7 +127,7 @@ def test_the_images_of_a_sample_that_is_a_whole_tar_are_not_held_at_once(tmp_pat
 
 
 def test_a_run_of_version_1_takes_the_first_image_of_a_sample(tmp_path):
-    """Its rows have the numbers that they had when it was begun."""
+    """Its rows keep the numbers that they had when it began."""
     members = [("1.right.png", b"right"), ("1.left.png", b"left"), ("2", encoded("JPEG")), ("3.heic", b"x")]
     rows, report = read_rows(tar_shard_of(tmp_path, *members), schema_version=1)
     assert summary(rows) == [(0, "1", b"right", None), (1, "3", None, "missing_image")]
@@ -171,7 +171,7 @@ def test_what_other_programs_leave_in_tars_is_no_sample(tmp_path):
 
 
 def test_a_hard_link_is_the_image_that_it_repeats(tmp_path):
-    """GNU tar writes the second of two hard-linked files as a link: its row was unreadable."""
+    """GNU tar writes the second of two hard-linked files as a link: its row used to be unreadable."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name, content in (("0.jpg", b"zero"), ("1.jpg", "0.jpg"), ("2.jpg", b"two"), ("3.jpg", "2.jpg")):
@@ -195,7 +195,7 @@ def test_a_hard_link_is_the_image_that_it_repeats(tmp_path):
 
 
 def test_neighboring_links_to_one_file_all_have_its_content(tmp_path):
-    """The second link was read where the first had ended: it was empty, and its row had no image."""
+    """The second link used to be read at the end of the first: it was empty, and its row had no image."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name, target in (
@@ -302,7 +302,7 @@ def test_headers_of_every_dialect_are_read_as_tarfile_reads_them(tmp_path, forma
 
 
 def test_times_in_the_headers_of_an_incremental_backup_are_no_part_of_names(tmp_path):
-    """`tar --listed-incremental` writes them where others begin long names; `tarfile` takes them for one."""
+    """`tar --listed-incremental` writes them where others begin long names, and `tarfile` confuses them."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in/0.jpg").write_bytes(b"0")
     (tmp_path / "in/1.jpg").hardlink_to(tmp_path / "in/0.jpg")
@@ -321,7 +321,7 @@ def test_keys_that_are_not_utf8_stay_distinct(tmp_path):
 
 
 def test_errors_and_notes_name_members_that_are_not_utf8(tmp_path):
-    """Arrow takes no such name, so that a row that failed ended the job."""
+    """Arrow takes no such name, so a failed row used to end the job."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
         for name, content in (
@@ -384,7 +384,7 @@ def test_tables_are_small_and_the_same_every_time(tmp_path):
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_an_ordinary_header_is_parsed_without_tarfile(monkeypatch, format):
-    """The parser of `tarfile` takes three times as long, and the result is the same."""
+    """The parser of `tarfile` takes three times as long for the same result."""
     monkeypatch.setattr(tarfile.TarInfo, "frombuf", lambda *_: pytest.fail("parsed by tarfile"))
     member = tarfile.TarInfo("a/0.jpg")
     member.size = 12

@@ -26,7 +26,7 @@ def test_every_key_that_was_added_is_found_and_no_other(
 
 
 def test_keys_take_eight_bytes_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names of 10^7 samples took more than a gigabyte."""
+    """The names of 10^7 samples used to take more than a gigabyte."""
     monkeypatch.setattr(seen_keys, "MAX_RECENT", 1 << 10)
     seen = SeenKeys()
     tracemalloc.start()
