@@ -1,4 +1,4 @@
-"""The errors of a checkpoint that cannot be fetched: they name the cause, which decides what to do."""
+"""The errors of a checkpoint that cannot be fetched name the cause, which decides what to do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from blip2_actor.flags import with_flags
 from pipeline.settings.job_settings import ScoreSettings
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
-"""The parts of a response that the hub's errors read."""
+"""The parts of a response that the hub's errors use."""
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_errors_of_the_hub_name_their_cause(
 
 @pytest.mark.parametrize("model", ["demo", ".", "memory://models/one"])
 def test_a_revision_of_a_model_with_one_version_is_refused(model: str) -> None:
-    """It was left out, and the captions were those of other weights than the user had named."""
+    """The revision used to be ignored, so captions came from other weights than the user had named."""
     with pytest.raises(ValueError, match=r"^the revision must be left out unless .* got 'v9' for"):
         resolve(model, "v9")
 
@@ -71,7 +71,7 @@ def test_a_revision_of_a_model_with_one_version_is_refused(model: str) -> None:
 def test_errors_of_a_retrieval_checkpoint_name_no_setting_of_another_model(
     model: str, revision: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wrong --score-revision was reported as an error of --revision, and --score-model as --model."""
+    """Errors of --score-revision and --score-model used to be reported as those of --revision and --model."""
 
     def fail(*_: object, **__: object) -> str:
         raise RevisionNotFoundError("404", response=RESPONSE)
@@ -83,7 +83,7 @@ def test_errors_of_a_retrieval_checkpoint_name_no_setting_of_another_model(
 
 
 def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By its class, callers distinguish a checkpoint that cannot be read from a bug in the program."""
+    """Its class tells callers a checkpoint that cannot be read from a bug in the program."""
     store = fsspec.filesystem("memory")
     store.pipe("/fetching/config.json", b"{}")
 
@@ -103,7 +103,7 @@ def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch
 def test_a_cache_that_cannot_be_written_costs_only_what_would_be_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Containers have read-only homes. A bucket's files must be kept: there the message says how."""
+    """Containers have read-only homes. Files from a bucket must be stored, so there the message says how."""
     checkpoint = tmp_path / "model"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
@@ -120,7 +120,7 @@ def test_a_cache_that_cannot_be_written_costs_only_what_would_be_kept(
 
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In a container a uid often has neither HOME nor a line in /etc/passwd; the import failed."""
+    """In a container, a uid often has neither HOME nor a line in /etc/passwd; the import used to fail."""
 
     def fail() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -188,7 +188,7 @@ def test_a_large_download_is_announced(
 def test_only_a_large_download_draws_bars(
     num_bytes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The client drew five for a configuration, and the line with the size stood in the middle of one."""
+    """The client used to draw five bars for a configuration, in the middle of the line with the size."""
     monkeypatch.setattr(download.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download.constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
     drawn: list[tuple[bool, bool]] = []
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_the_download(
 def test_a_cached_checkpoint_needs_no_hub(
     with_weights: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The size of a download can only be asked of a hub that answers."""
+    """Only a hub that answers can tell the size of a download."""
     commit = "0123456789abcdef" * 2 + "01234567"
     repository = tmp_path / "models--some--model"
     folder = repository / "snapshots" / commit
@@ -247,7 +247,7 @@ def test_a_cached_checkpoint_needs_no_hub(
     ],
 )
 def test_a_name_with_a_password_is_refused_and_not_said(field: str, uri: str) -> None:
-    """It went into the record of the run, its report and the labels of metrics."""
+    """The name used to be written to the run's record, its report and the labels of metrics."""
     given: dict[str, Any] = {"model": "demo", field: uri}
     with pytest.raises(ValueError, match=f"^(the )?{field} must hold no password") as refused:
         EngineConfig(**given).info()

@@ -1,4 +1,4 @@
-"""A hub that is busy was the death of the job: a loopback hub answers 429 and 503, then serves the files."""
+"""A busy hub used to kill the job: here a loopback hub answers 429 and 503, then serves the files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ FILES = {"config.json": b"{}", "model.safetensors": b"w" * 4096}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What `snapshot_download` asks a hub for."""
+    """The requests that `snapshot_download` sends to a hub."""
 
     protocol_version = "HTTP/1.1"
     refusals: list[int]
-    """Statuses of the next answers, before the files are served."""
+    """Statuses of the next answers before files are served."""
     asked: Counter[str]
     """How often each file was sent."""
 

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are damaged or contradict each other are refused by name, before any work."""
+"""Damaged or contradictory files of a checkpoint are refused by name, before any work."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def info(folder: Path) -> Any:
     "name", ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"]
 )
 def test_a_damaged_file_is_named(copied: Path, name: str, content: bytes) -> None:
-    """The error was a JSONDecodeError without a name, or an AttributeError."""
+    """The error used to be a JSONDecodeError that named no file, or an AttributeError."""
     (copied / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"checkpoint/{name} must .*; fetch it again"):
         info(copied)
@@ -75,7 +75,7 @@ def test_a_damaged_file_is_named(copied: Path, name: str, content: bytes) -> Non
     indirect=["copied"],
 )
 def test_a_contradiction_is_refused_by_name(copied: Path, field: str, value: object, message: str) -> None:
-    """The engine failed while it was built, or at its first request, with an error about tensors."""
+    """The engine used to fail while it was built, or at its first request, with an error about tensors."""
     part, _, name = field.rpartition(".")
     config = json.loads((copied / "config.json").read_text())
     (config[part] if part else config)[name] = value

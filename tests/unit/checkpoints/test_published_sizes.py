@@ -1,4 +1,4 @@
-"""The table of published checkpoints says what their configurations say."""
+"""The table of published checkpoints agrees with their configurations."""
 
 import re
 from functools import cache
@@ -43,7 +43,7 @@ def test_sizes_are_those_of_the_configuration(row: list[str]) -> None:
     parameters = _count_parameters(size, int(image_size_px))
     assert billions == f"{parameters / 1e9:.2f}"
     assert (float32_gib, bfloat16_gib) == (f"{parameters * 4 / GIB:.1f}", f"{parameters * 2 / GIB:.1f}")
-    if download_gb:  # float32 files, in which a tensor that is used twice may stand twice
+    if download_gb:  # float32 files, which may hold a shared tensor twice
         assert parameters * 4 / 1e9 - 0.05 <= float(download_gb) <= parameters * 4 / 1e9 * 1.04
 
 

@@ -1,4 +1,4 @@
-"""Tokenizer files that are not there, and a tokenizer that says what each token adds and writes nothing."""
+"""Missing tokenizer files; and a tokenizer that tells the text of each token and prints nothing."""
 
 import logging
 
@@ -12,7 +12,7 @@ from blip2_actor.testing import EOS_TOKEN_ID, save_tiny_checkpoint, tiny_config,
 
 
 def test_transformers_does_not_warn_about_a_long_prompt(caplog):
-    """The engine refuses it by itself, in a sentence; the warning of transformers came before that."""
+    """The engine refuses it in one sentence, but a warning of transformers used to come first."""
     prompts = PromptTokenizer(DEMO_FOLDER, AutoConfig.from_pretrained(DEMO_FOLDER))
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
@@ -35,7 +35,7 @@ def test_the_texts_of_tokens_are_together_the_text(tmp_path):
 
 
 def test_a_folder_without_tokenizer_names_the_missing_files(tmp_path):
-    """transformers made an empty tokenizer of it."""
+    """transformers used to make an empty tokenizer of it."""
     with pytest.raises(ValueError, match=r"must have tokenizer\.json, or vocab\.json and merges\.txt"):
         load_tokenizer(tmp_path, "opt")
     with pytest.raises(ValueError, match=r"got no spiece\.model; copy the files"):
@@ -44,7 +44,7 @@ def test_a_folder_without_tokenizer_names_the_missing_files(tmp_path):
 
 @pytest.mark.parametrize("is_installed", [("sentencepiece",), ("google.protobuf",), ()])
 def test_a_sentencepiece_model_names_the_missing_packages(tmp_path, monkeypatch, is_installed):
-    """transformers fell back to reading the file as tiktoken's, and named tiktoken."""
+    """transformers used to fall back to reading the file as tiktoken's, and to name tiktoken."""
     (tmp_path / "spiece.model").write_bytes(b"")
     monkeypatch.setattr(tokenizer, "find_spec", lambda module: module in is_installed or None)
     missing = [p for p in ("sentencepiece", "protobuf") if not any(p in name for name in is_installed)]
@@ -54,7 +54,7 @@ def test_a_sentencepiece_model_names_the_missing_packages(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("content", ["", "[1]", "null"])
 def test_a_damaged_tokenizer_names_its_folder(tmp_path, content):
-    """transformers raises a TypeError, or an error without the name of a file."""
+    """transformers raises a TypeError, or an error that names no file."""
     save_tiny_checkpoint(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ValueError, match=f"the tokenizer in {tmp_path} must be readable, got"):

@@ -1,4 +1,4 @@
-"""A checkpoint without the files of its tokenizer is refused before any weights are read."""
+"""A checkpoint without its tokenizer files is refused before any weights are read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip2_actor.testing import save_tiny_checkpoint, save_tiny_retrieval_checkp
 
 
 def test_weights_without_a_tokenizer_are_refused_by_info_and_build(tmp_path: Path) -> None:
-    """`model.save_pretrained` writes no tokenizer: every caption was "" with status ok."""
+    """`model.save_pretrained` writes no tokenizer: every caption used to be "" with status ok."""
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(DEMO_FOLDER / name, tmp_path)
     config = EngineConfig(model=str(tmp_path), device="cpu")
@@ -36,7 +36,7 @@ def test_retrieval_needs_a_tokenizer_too(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_without_the_end_token_is_refused(tmp_path: Path) -> None:
-    """A tokenizer of another model turns ids into other texts, or into none."""
+    """A tokenizer of another model turns ids into wrong texts, or into none."""
     folder = save_tiny_checkpoint(tmp_path)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] = {"a": 0, "b": 1}

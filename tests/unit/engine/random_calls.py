@@ -1,4 +1,4 @@
-"""Seeded random calls of an engine, from the edges of what people give."""
+"""Seeded random calls of an engine, with extreme arguments."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CALLS = ("generate", "submit", "stream", "score", "features", "text_features", "
 
 
 def call_at_random(engine: Engine, num_calls: int, seed: int, folder: Path) -> list[str]:
-    """Make calls and return what each gave: a status, or the name of the error that it raised.
+    """Make calls and return the outcome of each: a status, or the name of the error that it raised.
 
-    Two kinds of error are right: `TypeError` for a wrong type or name of an argument, and `ValueError` for
+    Two kinds of errors are correct: `TypeError` for a wrong type or name of an argument, and `ValueError` for
     options or lengths that contradict each other, or for a stream or an image that was refused.
     """
     choose = random.Random(seed)
@@ -168,7 +168,7 @@ def encoded(pixels: np.ndarray, format: str) -> bytes:
 def is_image(data: bytes) -> bool:
     try:
         Image.open(io.BytesIO(data))
-    except Exception:  # damaged bytes raise anything
+    except Exception:  # damaged bytes may raise anything
         return False
     return True
 

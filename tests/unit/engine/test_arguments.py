@@ -1,4 +1,4 @@
-"""The engine's calls as people write them, and wrong types refused by the name of the argument."""
+"""The engine's calls as users write them; wrong types are refused by the argument's name."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tests.unit.fetching.web_server import web_server
 from tests.unit.preprocessing.image_corpus import encode
 
 of_this_machine = partial(FetchPolicy, private_hosts=("127.0.0.1",))
-"""The guard refuses the server of a test as it refuses every private address."""
+"""The guard refuses a test's server like every private address."""
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
 
 def build(cls: Any, **fields: Any) -> Any:
-    """Make a value with fields of types that mypy would not let pass."""
+    """Make a value with field types that mypy would reject."""
     return cls(**fields)
 
 
@@ -47,7 +47,7 @@ def png(pixels: np.ndarray = PIXELS) -> bytes:
 
 
 def told(results: list[Result]) -> list[tuple[Any, ...]]:
-    """Return what is the same in every batch; on some CPUs, log-probabilities differ in their last bits."""
+    """Return the fields that are equal in every batch; log-probabilities may differ in their last bits."""
     return [
         (result.status, result.error, [(c.token_ids, c.text, c.finish_reason) for c in result.completions])
         for result in results
@@ -117,7 +117,7 @@ def test_a_file_is_read(engine: Engine, expected: Any, tmp_path: Path) -> None:
 
 
 def test_an_array_of_texts_is_a_list(engine: Engine, expected: Any, tmp_path: Path) -> None:
-    """It was one image of a wrong layout, or refused with the advice to put it into a list."""
+    """It used to be read as one image of a wrong layout, or refused with the advice to use a list."""
     path = tmp_path / "a.png"
     path.write_bytes(png())
     paths: Any = np.array([str(path)] * 2)
@@ -132,7 +132,7 @@ def test_an_array_of_texts_is_a_list(engine: Engine, expected: Any, tmp_path: Pa
 
 
 def test_ids_and_masks_may_be_one_array_or_tensor(engine: Engine) -> None:
-    """A tokenizer returns them so; the advice was to put them into a list, which was refused too."""
+    """A tokenizer returns these; the advice used to be to use a list, which was refused too."""
     ids, masks = [[70, 71, 72], [70, 71, 72]], [[1, 1, 1], [0, 1, 1]]
     whole, cut = engine.text_features(ids, masks)
     assert whole.features is not None and cut.features is not None and len(cut.features) == 2
@@ -176,7 +176,7 @@ def test_options_are_keywords(engine: Engine) -> None:
 
 
 def test_keywords_change_the_options_of_a_request_too(engine: Engine) -> None:
-    """A request's own options won silently over a keyword."""
+    """A request's own options used to override a keyword silently."""
     beams = GenerationOptions(num_beams=2, max_new_tokens=9)
     own = Request(image=PIXELS, options=beams)
     expected = engine.generate(PIXELS, beams, max_new_tokens=4)[0]
@@ -281,7 +281,7 @@ def test_a_wrong_type_is_refused_by_name(engine: Engine, call: Callable[[Any], A
             PIXELS,
             None,
             "images must be a list, got ndarray",
-        ),  # of which each row was an image, with status ok
+        ),  # each row used to be read as an image, with status ok
         (png(), None, "images must be a list, got bytes"),
         ([PIXELS, PIXELS], "ab", "prompts must be a list, got str"),
     ],
@@ -299,7 +299,7 @@ def test_an_actor_takes_lists(images: Any, prompts: Any, message: str) -> None:
 
 
 def test_prompts_are_checked_as_a_list() -> None:
-    """Each character of a text counted as a prompt, so that any length passed."""
+    """Each character of a text used to count as a prompt, so that any length passed."""
     with pytest.raises(TypeError, match="prompts must be a list, got str"):
         EngineConfig(model="demo", device="cpu").check_prompts("a" * 1000, 30)
 
@@ -311,7 +311,7 @@ def test_a_model_may_be_a_path(tmp_path: Path) -> None:
 
 
 def test_numbers_of_numpy_become_numbers_of_python(engine: Engine) -> None:
-    """A random generator refuses them as a seed, and JSON, in which a run stores its options, anywhere."""
+    """A random generator refuses these as a seed; JSON, which stores a run's options, refuses them all."""
     three, half = np.int64(3), np.float32(0.5)
     given: Any = {"seed": three, "temperature": half, "top_k": three, "suppress_tokens": [three]}
     options = GenerationOptions(**given, do_sample=True, num_beams=2, max_new_tokens=2)
@@ -324,7 +324,7 @@ def test_numbers_of_numpy_become_numbers_of_python(engine: Engine) -> None:
 
 
 def test_truth_values_of_numpy_become_those_of_python() -> None:
-    """The message for one was: must be true or false, got np.True_."""
+    """The message for one used to be: must be true or false, got np.True_."""
     yes: Any = np.True_
     no: Any = np.False_
     options = GenerationOptions(do_sample=yes, early_stopping=no)
@@ -348,7 +348,7 @@ def test_no_representation_shows_pixels(engine: Engine) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_random_calls_give_a_status_or_a_named_error(engine: Engine, expected: Any, tmp_path: Path) -> None:
-    """A few here, thousands in `tests/chaos/test_random_calls.py`."""
+    """A few here; `tests/chaos/test_random_calls.py` makes thousands."""
     outcomes = call_at_random(engine, 80, seed=0, folder=tmp_path)
     assert {"ok", "undecodable", "refused", "TypeError", "ValueError"} <= set(outcomes) and CALLS
     assert engine.generate(PIXELS, max_new_tokens=5) == expected

@@ -1,4 +1,4 @@
-"""Code of callers that runs in the engine's thread: what it raises ends no request of anybody else."""
+"""Callers' code that runs in the engine's thread: whatever it raises ends nobody else's request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 def raising(error: BaseException, num_calls: int = 1) -> Any:
-    """Return a function of anything that raises in its call of this number, and in each after it."""
+    """Return a function of anything that raises in its call of this number and in each later one."""
     calls: list[object] = []
 
     def call(*args: Any) -> Any:
@@ -44,7 +44,7 @@ def raising(error: BaseException, num_calls: int = 1) -> Any:
 def test_what_a_caller_raises_ends_nobody_elses_request(
     engine: Engine, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A cancelled task's error, or an exit, ended the engine's thread, and with it everybody's requests."""
+    """A cancelled task's error, or an exit, used to end the engine's thread and so everybody's requests."""
     expected = engine.submit(PICTURE).result(30)
     on_text = raising(error)
     assert engine.submit(PICTURE, on_text=on_text).result(30) == expected
@@ -81,7 +81,7 @@ def test_what_a_caller_raises_ends_nobody_elses_request(
 
 
 def test_a_text_whose_processor_has_failed_grows_no_further(engine: Engine) -> None:
-    """One more token came to `on_text`, selected without the processor."""
+    """One more token, selected without the processor, used to reach `on_text`."""
     texts: list[str] = []
     processor = raising(ValueError("no"), num_calls=3)
     request = Request(image=PICTURE, logits_processor=processor)
@@ -94,7 +94,7 @@ def test_a_text_whose_processor_has_failed_grows_no_further(engine: Engine) -> N
 )
 @pytest.mark.parametrize("score", [-torch.inf, torch.nan])
 def test_a_text_for_which_no_token_is_left_fails(engine: Engine, options: dict, score: float) -> None:
-    """The first token of the vocabulary was taken again and again, with status ok."""
+    """The first token of the vocabulary used to be selected again and again, with status ok."""
     vocab_size = engine.prompts.vocab_size
     banned = GenerationOptions(suppress_tokens=tuple(range(vocab_size)), **options)
 
@@ -118,7 +118,7 @@ def test_a_text_for_which_no_token_is_left_fails(engine: Engine, options: dict, 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_a_processor_that_allows_one_text_gets_it(engine: Engine, num_beams: int) -> None:
-    """With beams, nothing is left to select after the end of that text, which is the result."""
+    """With beams, nothing is left to select once that text, which is the result, has ended."""
     (end_id, *_) = engine.prompts.end_ids
     allowed = [9, 8, end_id]
     begins: list[int] = []
@@ -137,7 +137,7 @@ def test_a_processor_that_allows_one_text_gets_it(engine: Engine, num_beams: int
 
 
 def test_a_text_is_cancelled_although_the_callers_callback_raises(engine: Engine) -> None:
-    """Its slot stayed taken until the last token of a text that nobody wanted any longer."""
+    """Its slot used to stay taken until the last token of a text that nobody wanted."""
     has_begun, may_go_on = threading.Event(), threading.Event()
 
     def wait(text: str) -> None:
@@ -156,7 +156,7 @@ def test_a_text_is_cancelled_although_the_callers_callback_raises(engine: Engine
 
 
 def test_a_logits_processor_that_calls_the_engine_is_named(engine: Engine) -> None:
-    """The error spoke of a done callback, which its caller did not have."""
+    """The error used to mention a done callback, which its caller did not have."""
 
     def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         engine.generate(PICTURE)

@@ -65,7 +65,7 @@ class LanguageModelThatEchoes:
 
 
 def test_the_inputs_of_a_step_stay_on_the_host_until_the_step_after_the_next() -> None:
-    """A GPU may copy them only when the host has prepared the next step already."""
+    """A GPU may copy them only after the host has already prepared the next step."""
     slots: Any = SimpleNamespace(num_slots=3, max_length=9, reads_counts=True, step_shape=lambda rows: rows)
     replay = DecodeReplay(LanguageModelThatEchoes(), EagerRunner(), torch.device("cpu"))  # type: ignore[arg-type]
     seen = []

@@ -37,7 +37,7 @@ LAYOUTS = {"plain": lambda a: a, "bgr": lambda a: a[..., ::-1], "flipped": lambd
 def test_an_array_may_be_overwritten_as_soon_as_it_is_handed_over(
     side_px: int, layout: Callable[[np.ndarray], np.ndarray]
 ) -> None:
-    """An array of the model's size needs no resize, and was kept: a camera's buffer gave wrong captions."""
+    """An array that needs no resize used to be kept: a camera's reused buffer gave wrong captions."""
     buffer = np.random.default_rng(1).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
     expected = to_pixels(layout(buffer).copy(), SIZE_PX)
     pixels = to_pixels(layout(buffer), SIZE_PX)
@@ -48,7 +48,7 @@ def test_an_array_may_be_overwritten_as_soon_as_it_is_handed_over(
 
 @pytest.mark.parametrize("format", ["PNG", "GIF", "JPEG"])
 def test_threads_may_share_a_pil_image_that_is_not_loaded(format: str) -> None:
-    """Pillow decodes an opened file at first use: threads got parts of each other's pixels, or an error."""
+    """Pillow decodes an opened file at first use: threads used to get mixed pixels, or an error."""
     data = encode(noise(700, 700), format)
     expected = to_pixels(data, SIZE_PX)
     with ThreadPoolExecutor(6) as threads:
@@ -103,7 +103,7 @@ def half_read(folder: Path) -> Image.Image:
 
 
 def with_floats_for_rows(folder: Path) -> Image.Image:
-    """Pillow takes the rows per strip of a TIFF as they are stored, and fails with a TypeError."""
+    """Pillow uses the stored rows per strip of a TIFF unchecked, and fails with a TypeError."""
     data = bytearray(encoded("TIFF"))
     (directory,) = struct.unpack_from("<I", data, 4)
     for entry in range(directory + 2, directory + 2 + 12 * struct.unpack_from("<H", data, directory)[0], 12):
@@ -141,7 +141,7 @@ def whose_load_fails(error: BaseException) -> Callable[[Path], Image.Image]:
 def test_an_image_that_cannot_be_loaded_is_undecodable(
     make: Callable[[Path], Image.Image], tmp_path: Path
 ) -> None:
-    """Whatever Pillow raises; a closed file raises AssertionError or ValueError, AVIF a RuntimeError."""
+    """Pillow may raise anything: for a closed file AssertionError or ValueError, for AVIF a RuntimeError."""
     with pytest.raises(RequestRefused, match="the image cannot be decoded: ") as refused:
         to_pixels(make(tmp_path), SIZE_PX)
     assert refused.value.status is Status.UNDECODABLE

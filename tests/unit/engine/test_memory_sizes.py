@@ -1,4 +1,4 @@
-"""How many slots and images: what is wanted if it fits, fewer if memory is short, and at least one."""
+"""The numbers of slots and images: as wanted if they fit, fewer if memory is short, and at least one."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_given_sizes_are_taken_and_the_others_fit_what_they_leave(monkeypatch: p
 
 
 def test_a_container_with_a_limit_has_what_the_limit_leaves(tmp_path: Path) -> None:
-    """The cache of files, such as those of the weights, is given up on demand and must not count as used."""
+    """The cache of files, such as weights, is freed on demand and must not count as used."""
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("600000\n")
     (tmp_path / "memory.stat").write_text("anon 250000\ninactive_file 300000\n")

@@ -90,7 +90,7 @@ def in_a_forked_child(work: Callable[[], Any]) -> str:
 
 
 def test_each_call_in_a_forked_child_says_what_to_do(engine, matching_engine) -> None:
-    """The child has none of the engine's threads, so it would wait for ever."""
+    """The child has none of the engine's threads, so it would wait forever."""
 
     def messages() -> Iterator[str]:
         for calls, called in ((CAPTION_CALLS, engine), (MATCHING_CALLS, matching_engine)):
@@ -135,7 +135,7 @@ def test_a_dataset_under_workers_raises(engine) -> None:
 
 
 def test_an_engine_is_not_pickled(engine, matching_engine) -> None:
-    """Workers that are spawned get a pickled copy; the message was about a lock."""
+    """Spawned workers get a pickled copy; the message used to be about a lock."""
     for one in (engine, matching_engine):
         with pytest.raises(TypeError, match="send its configuration"):
             pickle.dumps(one)
@@ -160,7 +160,7 @@ def test_a_done_callback_does_not_wait_for_its_own_thread(engine, name: str) -> 
 
 
 def test_a_done_callback_may_submit_and_close(checkpoint_folder) -> None:
-    """Also one that runs while the thread takes what has arrived: a request that can never run ends there."""
+    """This includes a callback in the thread that takes new requests, where an impossible request ends."""
     engine = config(checkpoint_folder).build()
     image = engine.image(PICTURE)
     engine.features([image])
@@ -184,7 +184,7 @@ def test_a_done_callback_may_submit_and_close(checkpoint_folder) -> None:
 
 
 def test_a_task_that_exits_ends_nothing(engine) -> None:
-    """The thread died of it while it failed the others, and every caller waited for ever."""
+    """The thread used to die of it while failing the others, and every caller waited forever."""
 
     def leave() -> None:
         raise SystemExit(3)
@@ -247,7 +247,7 @@ def test_a_matching_engine_that_nobody_holds_ends_too(tmp_path: Path, no_garbage
 
 
 def test_a_matching_engine_that_is_closed_says_so(tmp_path: Path) -> None:
-    """The message was that of the thread pool: cannot schedule new futures after shutdown."""
+    """The message used to be the thread pool's: cannot schedule new futures after shutdown."""
     folder = save_tiny_retrieval_checkpoint(tmp_path)
     engine = MatchingConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1).build()
     engine.close()
@@ -257,7 +257,7 @@ def test_a_matching_engine_that_is_closed_says_so(tmp_path: Path) -> None:
 
 
 def test_a_matching_engine_takes_the_threads_of_its_caller(tmp_path: Path) -> None:
-    """It took the number that another engine's thread had set last."""
+    """It used to take the number that another engine's thread had set last."""
     folder = save_tiny_retrieval_checkpoint(tmp_path)
     expected = torch.get_num_threads()
     another = threading.Thread(target=set_num_threads, args=(expected + 1,))
@@ -268,7 +268,7 @@ def test_a_matching_engine_takes_the_threads_of_its_caller(tmp_path: Path) -> No
 
 
 def test_an_engine_is_collected_in_its_own_thread(checkpoint_folder) -> None:
-    """The last reference may be that of a done callback: the thread must not wait for itself."""
+    """A done callback may hold the last reference: the thread must not wait for itself."""
     engine = config(checkpoint_folder).build()
     holder = [engine]
     thread = engine._core._thread
@@ -279,7 +279,7 @@ def test_an_engine_is_collected_in_its_own_thread(checkpoint_folder) -> None:
 
 
 def test_nothing_of_a_finished_request_is_kept(engine) -> None:
-    """Refused, cancelled and failed ones included; a server runs for months."""
+    """This includes refused, cancelled and failed requests, because a server runs for months."""
 
     def num_kept() -> int:
         gc.collect()
@@ -299,9 +299,9 @@ def test_nothing_of_a_finished_request_is_kept(engine) -> None:
         engine.features([PICTURE])
         next(engine.stream(requests[0]), None)
     del requests, futures
-    for _ in range(20):  # steps that drop what was cancelled; the engine's thread may be within its last one
+    for _ in range(20):  # steps drop what was cancelled; the engine's thread may still be within its last one
         engine.generate([Request(image=PICTURE)])
-        if num_kept() <= before:  # tests before this one may still have had some in flight
+        if num_kept() <= before:  # earlier tests may have left some in flight
             break
     assert num_kept() <= before
     assert not engine._core._unfinished and not engine._core._arrived

@@ -22,7 +22,7 @@ from tests.engines import cpu_config
 
 
 class BusyCore:
-    """Without a model; never encodes anything."""
+    """An engine without a model that never encodes anything."""
 
     def __init__(self) -> None:
         self.enqueued: list[RequestState] = []
@@ -42,7 +42,7 @@ class TakesHandles:
 
 @pytest.mark.parametrize("is_cancelled_before", [False, True])
 def test_a_call_for_an_image_that_is_cancelled_ends(is_cancelled_before: bool) -> None:
-    """Its thread was held until the encoders had time for an image that nobody wanted any longer."""
+    """Its thread used to be held until the encoders had time for an image that nobody wanted."""
     core, image = BusyCore(), EncodedImage(np.zeros((2, 2, 3), np.uint8), low_priority=True)
     readings = Reader(cast(EngineCore, core), cast(InputProcessor, TakesHandles()))
 
@@ -61,7 +61,7 @@ def test_a_call_for_an_image_that_is_cancelled_ends(is_cancelled_before: bool) -
 
 
 def test_a_call_that_ends_for_one_image_lets_the_others_go() -> None:
-    """The encoders went on with all of them, for nobody."""
+    """The encoders used to continue with all of them, for nobody."""
     core = BusyCore()
     images = [EncodedImage(np.zeros((2, 2, 3), np.uint8)) for _ in range(3)]
     images[1].cancel()
@@ -78,7 +78,7 @@ def test_a_call_that_ends_for_one_image_lets_the_others_go() -> None:
 def test_an_image_that_does_not_fit_even_alone_is_an_entry_with_a_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its tensors were read without a look at the result, and the call ended in an AttributeError."""
+    """Its tensors used to be read without checking the result, so the call ended in an AttributeError."""
     config = cpu_config(save_tiny_checkpoint(tmp_path), max_slots=1, encode_batch=1, skip_self_test=True)
     good, bad = (image.numpy() for image in random_images(2))
     with config.build() as engine:

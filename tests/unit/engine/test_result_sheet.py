@@ -1,4 +1,4 @@
-"""What a notebook shows of results: pictures inside the page, and texts that are no HTML."""
+"""A notebook's view of results: pictures are embedded in the page, and texts are not read as HTML."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_images_stand_next_to_their_texts():
     [picture] = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', shown)
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
     assert pixels.shape == (160, 160, 3) and pixels[80, 80, 2] > 240
-    assert "http://host" not in shown  # nothing is fetched, by us or by the browser
+    assert "http://host" not in shown  # neither we nor the browser fetch anything
 
 
 def test_a_shared_image_is_shown():
-    """One that `Engine.image` returned was a gray square, as if it could not be read."""
+    """An image returned by `Engine.image` used to be a gray square, as if unreadable."""
     shown = ResultSheet([EncodedImage(np.zeros((64, 64, 3), np.uint8))], [ok("a dog")])._repr_html_()
     assert shown.count("<img") == 1
 

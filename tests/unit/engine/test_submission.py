@@ -1,4 +1,4 @@
-"""Requests handed over in groups: each is counted once, and none runs on for a caller who is gone."""
+"""Requests submitted in groups: each is counted once, and none runs on for a caller that has left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from blip2_actor.request import Completion
 
 @pytest.fixture
 def enqueued(monkeypatch: pytest.MonkeyPatch) -> list[RequestState]:
-    """Requests that the engine's thread would have, in groups of one."""
+    """Requests that the engine's thread would receive, in groups of one."""
     monkeypatch.setattr(submission, "MAX_ENCODE_BATCH", 1)
     return []
 
@@ -51,7 +51,7 @@ def test_each_request_is_reported_done_once(enqueued: list[RequestState]) -> Non
 
 
 def test_a_request_that_is_cancelled_while_it_ends_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its waiters were told twice, and the second time is an error that ended the engine."""
+    """Its waiters used to be told twice, and the second time raised an error that ended the engine."""
     state = RequestState(EncodedImage(b""))  # type: ignore[arg-type]
     really_run = state.future.set_running_or_notify_cancel
     monkeypatch.setattr(
@@ -62,7 +62,7 @@ def test_a_request_that_is_cancelled_while_it_ends_is_dropped(monkeypatch: pytes
 
 
 def test_an_error_cancels_what_is_queued_already(enqueued: list[RequestState]) -> None:
-    """The caller gets the error and no future, so nobody could ever cancel them."""
+    """The caller gets the error and no future, so nobody could cancel them."""
     with pytest.raises(TypeError, match="wrong"):
         submit(enqueued, [b"a", b"b", TypeError("wrong")])
     assert [state.future.cancelled() for state in enqueued] == [True, True]
@@ -70,8 +70,8 @@ def test_an_error_cancels_what_is_queued_already(enqueued: list[RequestState]) -
 
 @pytest.mark.parametrize("text", ["a man 's hat is n't red .", "they 've ' many ' , we 're 'm ' .", "  'n'"])
 def test_a_stream_says_the_whole_text_where_a_tokenizer_drops_spaces(text: str) -> None:
-    """It had said `a man '`, which `a man's hat` does not begin with, and said no more."""
-    clean_up = partial(PreTrainedTokenizerFast.clean_up_tokenization, None)  # it uses nothing of the object
+    """The stream used to say `a man '`, which does not begin `a man's hat`, and then nothing more."""
+    clean_up = partial(PreTrainedTokenizerFast.clean_up_tokenization, None)  # it does not use the object
     grown = [clean_up(text[:end]) for end in range(len(text) + 1)]
     texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for one in grown:

@@ -1,4 +1,4 @@
-"""Batches on their way to the device: they hold the right pixels."""
+"""Batches on their way to the device keep the right pixels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def seen(batch: torch.Tensor) -> list[int]:
 
 
 def test_batches_of_any_size_hold_their_own_pixels() -> None:
-    """The buffer on the host is used again: an earlier batch must not change."""
+    """The buffer on the host is reused: an earlier batch must not change."""
     upload = Upload(torch.device("cpu"))
     batches = [upload(make_images(*values)) for values in ([9], range(7), [5, 6])]
     assert [seen(batch) for batch in batches] == [[9], list(range(7)), [5, 6]]

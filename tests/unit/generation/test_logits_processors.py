@@ -1,4 +1,4 @@
-"""What options and a caller's own processor do to the scores of one step."""
+"""The effect of options and of a caller's own processor on the scores of one step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_bad_word_may_begin_in_the_prompt() -> None:
 
 
 def test_beam_sampling_keeps_a_token_that_goes_on_next_to_each_that_ends() -> None:
-    """With the end token alone, no beam could go on; the reference keeps one token more, and two at least."""
+    """With the end token alone, no beam could continue; the reference keeps one token more, at least two."""
     for limits in ({"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"typical_p": 0.01}):
         options = GenerationOptions(num_beams=2, do_sample=True, **limits).resolve()
         for end_ids, num_kept in (((2, 3), 3), ((2,), 2), ((), 2)):
@@ -55,7 +55,7 @@ def test_a_text_with_a_banned_token_is_not_returned() -> None:
 
 
 def test_the_scores_that_a_processor_keeps_do_not_change() -> None:
-    """People record them; the step goes on to compute in its own memory."""
+    """Callers record them, while the step continues to compute in its own memory."""
     kept: list[Tensor] = []
     options = GenerationOptions(num_beams=2, max_new_tokens=5).resolve()
 
@@ -72,7 +72,7 @@ def test_the_scores_that_a_processor_keeps_do_not_change() -> None:
 
 
 def test_a_text_that_begins_again_asks_a_processor_once_for_each_token() -> None:
-    """One that plans a text would be behind its plan, and one that fails later would take tokens back."""
+    """A processor that plans a text would fall behind, and one that fails later would revoke tokens."""
     options = GenerationOptions(max_new_tokens=6).resolve()
     plan = iter(range(3, 9))
 

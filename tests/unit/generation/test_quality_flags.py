@@ -1,4 +1,4 @@
-"""People delete captions that have flags: a flag on a good caption is as wrong as none on a bad one."""
+"""Users delete captions with flags: a flag on a good caption is as wrong as none on a bad one."""
 
 import pytest
 

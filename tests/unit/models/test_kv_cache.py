@@ -13,7 +13,7 @@ from tests.unit.checkpoints.weights.test_safetensors_file import status_bytes
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_free_slots_take_no_memory() -> None:
-    """128 slots of a 2.7 B model are 5 GB; writing zeros would take that memory before the first image."""
+    """128 slots of a 2.7 B model take 5 GB; writing zeros would use it before the first image."""
     before = status_bytes("VmRSS")
     cache = KVCache(4, 64, 256, 512, torch.device("cpu"), torch.bfloat16)
     cache.write_prefix(0, torch.tensor([0]), torch.ones(1, 8, 1024))
@@ -25,7 +25,7 @@ def test_free_slots_take_no_memory() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_free_slots_take_no_memory_when_all_slots_grow() -> None:
-    """One long prompt took the memory of all slots: up to 16 GB with a 2.7 B model."""
+    """One long prompt used to take the memory of all slots: up to 16 GB with a 2.7 B model."""
     before = status_bytes("VmRSS")
     cache = KVCache(4, 64, 64, 512, torch.device("cpu"), torch.bfloat16)
     cache.write_prefix(3, torch.tensor([1, 0]), torch.ones(2, 8, 1024))
@@ -53,7 +53,7 @@ def test_slots_are_copied_as_if_at_the_same_time(sources: list[int], targets: li
 
 
 def test_texts_of_many_lengths_share_their_positions() -> None:
-    """Every length had a tensor of its own, for ever: 256 MB after prompts of 1 to 8,000 tokens."""
+    """Every length used to keep its own tensor forever: 256 MB after prompts of 1 to 8,000 tokens."""
     arrays = [aligned_arange(length, torch.device("cpu")) for length in range(1, 1000)]
     assert all(array.equal(torch.arange(len(array))) for array in arrays)
     assert [len(array) for array in arrays[:9]] == [8] * 8 + [16]

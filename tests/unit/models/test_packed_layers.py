@@ -1,4 +1,4 @@
-"""Layers are packed for oneDNN in a dtype that it computes in on this CPU; small ones for many rows only."""
+"""Layers are packed for oneDNN in a dtype that this CPU supports; small ones only for many rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def layer(dtype: torch.dtype) -> Linear:
 def test_bfloat16_is_packed_only_if_the_cpu_has_its_instructions(
     dtype: torch.dtype, is_supported: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Packing raises without AVX512, so an engine in bfloat16 did not start on a CPU with AVX2."""
+    """Packing raises without AVX512, so a bfloat16 engine used not to start on a CPU with AVX2."""
     if is_supported and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU has no instructions for bfloat16")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
@@ -42,7 +42,7 @@ def test_bfloat16_is_packed_only_if_the_cpu_has_its_instructions(
 @torch.inference_mode()
 @pytest.mark.parametrize("out_features", [SMALL_WEIGHT // 8, SMALL_WEIGHT // 8 + 1], ids=["small", "large"])
 def test_a_small_layer_is_plain_for_few_rows(out_features: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed, one row of a layer of the demonstration model took three times as long."""
+    """When packed, one row of a layer of the demonstration model took three times as long."""
     linear = Linear(8, out_features, activation="relu")
     nn.init.normal_(linear.weight)
     nn.init.normal_(linear.bias)

@@ -1,4 +1,4 @@
-"""When kernels add to the residual stream and normalize it. A CPU stands in for a GPU."""
+"""When kernels add to the residual stream and normalize it. A CPU replaces the GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH, NUM_CHANNELS = 6, 4
 
 
 class Kernels:
-    """Computes what the kernel does by torch's operations, and counts the calls."""
+    """Computes the kernel's result with torch's operations, and counts the calls."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -89,7 +89,7 @@ def test_what_a_kernel_cannot_do_is_done_by_torch(
     """A kernel would take the rows for the weight of a norm that has none."""
     dtype = torch.float32 if why == "float32" else torch.bfloat16
     norm, (hidden, update) = norm_of(dtype, elementwise_affine=why != "no weight"), stream(dtype)
-    if why == "elsewhere":  # as the hook of a split model has it
+    if why == "elsewhere":  # as the hook of a split model moves it
         own = norm.weight.data
         norm.weight = nn.Parameter(own.to("meta"))
         monkeypatch.setattr(norm, "forward", lambda x: F.layer_norm(x, (WIDTH,), own, norm.bias, norm.eps))
@@ -104,7 +104,7 @@ def test_what_a_kernel_cannot_do_is_done_by_torch(
 def test_a_layer_keeps_its_activation_if_its_weight_reads_norms(
     kernels: Kernels, has_update: bool, activation: str | None
 ) -> None:
-    """The layer after it computes the activation only if it is quantized, too."""
+    """The next layer computes the activation only if it is also quantized."""
     norm, linear = norm_of(torch.bfloat16), Linear(WIDTH, NUM_CHANNELS, activation=activation)
     linear.take(ReadsNorms())
     hidden, update = stream(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""When the kernel of the vision encoder's attention replaces torch's. A CPU stands in for a GPU."""
+"""When the kernel for the vision encoder's attention replaces torch's. A CPU replaces the GPU."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_it_replaces_torch_where_few_positions_are_left_over(
 
 
 def test_torch_attends_where_the_kernel_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU with little shared memory takes small shapes, and refuses that of a real model."""
+    """A GPU with little shared memory accepts small shapes, but not that of a real model."""
 
     def refuse(qkv: Tensor, num_heads: int) -> Tensor:
         if qkv.shape[1:] == (257, 3 * NUM_HEADS * WIDTH) and num_heads == NUM_HEADS:

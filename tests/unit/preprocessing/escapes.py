@@ -1,6 +1,6 @@
-"""What an attacker's code would try in a decoding child; each attempt raises OSError if it is refused.
+"""Attempts of an attacker's code in a decoding child; each raises OSError if it is refused.
 
-As a program, it tries some of them under some protections alone, and prints what became of each as JSON:
+As a program, it makes some attempts under one protection each, and prints their outcomes as JSON:
 
     python escapes.py '["Landlock"]' '[["open_file", "/etc/passwd"]]'
 """
@@ -68,7 +68,7 @@ def trace_parent() -> None:
 def read_memory_of_parent() -> None:
     byte = ctypes.create_string_buffer(1)
     here = _Vector(ctypes.cast(byte, ctypes.c_void_p), 1)
-    there = _Vector(1 << 20, 1)  # an address that is not in use fails with EFAULT, if the call is allowed
+    there = _Vector(1 << 20, 1)  # an unused address fails with EFAULT if the call is allowed
     _check(_libc.process_vm_readv(os.getppid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0))
 
 
@@ -88,7 +88,7 @@ def become_root() -> None:
 def raise_limits() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    except ValueError as error:  # Python's own word for EPERM
+    except ValueError as error:  # what Python raises for EPERM
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM)) from error
 
 

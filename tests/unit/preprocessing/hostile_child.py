@@ -1,4 +1,4 @@
-"""The real decoding child with one more image format, whose files name an attack.
+"""The real decoding child with one more image format, in which files name an attack.
 
     python hostile_child.py FOLDER SIZE_PX LIMITS_AS_JSON
 
@@ -25,7 +25,7 @@ from tests.unit.preprocessing.escapes import ESCAPES
 
 PREFIX = b"BM"
 START = 0
-"""How many children have been started, this one included."""
+"""Return how many children have been started, including this one."""
 
 
 def segfault() -> None:
@@ -39,7 +39,7 @@ def leave() -> None:
 
 
 def spin() -> None:
-    sum(itertools.repeat(0))  # in C code, where no Python signal handler would ever run
+    sum(itertools.repeat(0))  # in C code, where no Python signal handler ever runs
 
 
 def sleep() -> None:

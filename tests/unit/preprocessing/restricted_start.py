@@ -1,4 +1,4 @@
-"""The real decoding child on a machine that lacks something: a kernel, a container or a user with less.
+"""The real decoding child on a machine with a kernel, container or user that lacks something.
 
 python restricted_start.py LACKING SIZE_PX LIMITS_AS_JSON
 """
@@ -41,11 +41,11 @@ def lose_root() -> None:
 
 
 def lose_capabilities() -> None:
-    """Stay root without its rights, as in a container that drops all capabilities."""
+    """Stay root but lose its capabilities, as in a container that drops all of them."""
     for capability in range(_NUM_CAPABILITIES):
         prctl(_DROP_FROM_BOUNDING_SET, capability)
     command = [sys.executable, "-P", "-m", "blip2_actor.preprocessing.decode_child", *sys.argv[1:]]
-    os.execv(sys.executable, command)  # an exec takes the rights away
+    os.execv(sys.executable, command)  # the exec removes the capabilities
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Images that are already decoded give the same pixels as their bytes, and no layout is guessed."""
+"""Decoded images give the same pixels as their bytes, and no layout is guessed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_16_bit_color_keeps_its_high_byte() -> None:
 
 
 def test_float_color_goes_from_0_to_1() -> None:
-    """It is not stretched: a dark picture must stay dark."""
+    """Colors are not stretched: a dark picture must stay dark."""
     array = np.array([[[0, 0.25, 0.5]]])
     for dtype in (np.float16, np.float32, np.float64):
         assert array_to_rgb(array.astype(dtype)).tolist() == [[[0, 64, 128]]]
@@ -80,7 +80,7 @@ def test_float_color_goes_from_0_to_1() -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
 @pytest.mark.parametrize("place", [(0, 0), (5, 3)])
 def test_gray_floats_have_a_range(value: float, place: tuple[int, int]) -> None:
-    """One value that is not finite in float32 made the whole picture black, with status ok."""
+    """A single value that is not finite in float32 used to make the whole picture black, with status ok."""
     array = np.linspace(-3, 7, 80).reshape(10, 8)
     resize_image(array, SIZE)
     array[place] = value
@@ -115,7 +115,7 @@ def test_what_is_no_image_is_refused(image: object, message: str) -> None:
 
 
 def test_a_layout_is_checked_before_any_image_is_there() -> None:
-    """A dataset whose type tells its layout is refused at the call, not row by row."""
+    """A dataset whose type states its layout is refused at the call, not row by row."""
     require_image_layout(np.dtype("uint8"), (None, None, 3))
     require_image_layout(np.dtype("uint8"), (None, None, None))
     require_image_layout(np.dtype("float32"), (224, 224))

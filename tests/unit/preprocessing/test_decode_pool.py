@@ -1,4 +1,4 @@
-"""Decoding children really die, hang and use up their memory; only the hostile image fails."""
+"""Decoding children really die, hang and exhaust their memory; only the hostile image fails."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hostile_pool(folder: Path, num_children: int = 1, **limits: Any) -> DecodePo
 
 
 def outcome_among_neighbors(pool: DecodePool, hostile: bytes) -> DecodedImage:
-    """Decode a hostile image among good ones, whose results must not change, now and afterwards."""
+    """Decode a hostile image among good ones, whose results must not change now or afterwards."""
     *before, outcome, last = pool.decode([*GOOD[:3], hostile, GOOD[3]])
     assert [*before, last] == EXPECTED[:4]
     assert pool.decode(GOOD) == EXPECTED
@@ -67,7 +67,7 @@ def test_a_hostile_image_fails_alone(
     status: Status,
     reason: str | None,
 ) -> None:
-    monkeypatch.setattr(decode_process, "_OVERDUE_S", 3.0)  # for the stopped one
+    monkeypatch.setattr(decode_process, "_OVERDUE_S", 3.0)  # for the stopped child
     with hostile_pool(tmp_path, num_children=2, **limits) as pool:
         image = outcome_among_neighbors(pool, attack(name))
     assert image.status is status
@@ -83,7 +83,7 @@ def test_a_reply_with_an_impossible_status_is_none() -> None:
 
 
 def test_many_hostile_images_in_a_row_each_get_their_own_outcome(tmp_path: Path) -> None:
-    """The next image must not get the blame, and three deaths in a row must not count as failed starts."""
+    """The next image must not be blamed, and three deaths in a row must not count as failed starts."""
     batch = [
         attack("segfault"),
         attack("leave"),
@@ -108,7 +108,7 @@ def test_an_image_is_not_blamed_for_a_single_death(tmp_path: Path) -> None:
 
 
 def test_every_image_has_a_second_try_of_its_own(tmp_path: Path) -> None:
-    """The second try of one image, whether it failed or succeeded, must not use up that of the next image."""
+    """The second try of one image, successful or not, must not use up that of the next image."""
     batch = [attack("leave"), attack("segfault_before", 4), attack("segfault_before", 5)]
     with hostile_pool(tmp_path) as pool:
         statuses = [image.status for image in pool.decode(batch)]
@@ -129,14 +129,14 @@ def child_pid(pool: DecodePool) -> int:
 
 
 def test_a_child_has_the_session_of_its_parent_but_not_its_ctrl_c(tmp_path: Path) -> None:
-    """With a session of its own, Linux gave it CPU time by session: small pictures waited up to 0.6 s."""
+    """Linux shares CPU time by session: with its own one, a child made small pictures wait up to 0.6 s."""
     with hostile_pool(tmp_path) as pool:
         child = child_pid(pool)
         assert (os.getsid(child), os.getpgid(child)) == (os.getsid(0), child)
 
 
 def ends(pid: int) -> bool:
-    """Wait for the end of a process that is not a child of this one, or not reaped yet."""
+    """Wait for the end of a process that is not a child of this one, or is not reaped yet."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -149,7 +149,7 @@ def ends(pid: int) -> bool:
 
 @pytest.mark.parametrize("doing", ["nothing", "sleep"])
 def test_children_die_with_their_parent(tmp_path: Path, doing: str) -> None:
-    """A preempted worker must leave no decoders behind, not even one that sleeps inside an image."""
+    """A preempted worker must leave no decoding process behind, not even one that sleeps inside an image."""
     program = (
         "import sys, os; sys.path[:0] = [os.getcwd()]\n"
         "from tests.unit.preprocessing.test_decode_pool import child_pid, hostile_pool, attack, Path\n"
@@ -176,7 +176,7 @@ def test_a_child_that_cannot_start_is_an_error_and_not_a_status() -> None:
 
 @pytest.mark.parametrize("closed", [(2,), (0, 1, 2)], ids=str)
 def test_children_start_for_a_program_that_has_closed_its_standard_files(closed: tuple[int, ...]) -> None:
-    """The child's replies went where its standard error goes, to nowhere."""
+    """The child's replies used to go to its standard error, and so nowhere."""
     program = (
         "import os, sys; sys.path[:0] = [os.getcwd()]\n"
         "from tests.unit.preprocessing.test_decode_pool import SIZE, GOOD, EXPECTED, DecodePool\n"
@@ -244,7 +244,7 @@ def test_two_calls_of_one_image_run_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux only")
 def test_a_smaller_limit_of_the_parent_holds() -> None:
-    """No process may raise it again: every child ended at its start, and the whole job with it."""
+    """No process may raise it again, so every child used to end at its start, and the whole job with it."""
     limited = ("sh", "-c", 'ulimit -v 1000000; exec "$0" "$@"', *decode_process.CHILD_COMMAND)
     with DecodePool(SIZE, command=limited) as pool:
         assert pool.decode(GOOD) == EXPECTED
@@ -303,6 +303,6 @@ def test_the_largest_limits_decode():
 
 @pytest.mark.parametrize("name", MOST)
 def test_a_limit_that_no_timer_takes_is_refused(name):
-    """With one, no image could be decoded, or an OverflowError ended the job."""
+    """With such a limit, no image could be decoded, or an OverflowError ended the job."""
     with pytest.raises(ValueError, match=f"{name} must be at most {MOST[name]:,}, got "):
         ImageLimits(**{name: MOST[name] + 1})

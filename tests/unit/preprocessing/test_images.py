@@ -1,4 +1,4 @@
-"""Pixels are those that a person sees, and everything that is no picture has a status."""
+"""Pixels are those that a person sees, and everything that is not a picture has a status."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def bmp_with_alpha(colors: Sequence[tuple[int, int, int, int]]) -> bytes:
 
 
 def test_a_bmp_without_a_visible_pixel_is_opaque() -> None:
-    """Programs name an alpha channel and leave it 0: the picture was white, with status ok."""
+    """Programs name an alpha channel and leave it 0: such a picture used to be white, with status ok."""
     assert pixels(bmp_with_alpha([(10, 20, 30, 0)]), 1).tolist() == [[[10, 20, 30]]]
     partly = pixels(bmp_with_alpha([(10, 20, 30, 0), (40, 50, 60, 255)]), 2)
     assert partly[0].tolist() == [[255, 255, 255], [40, 50, 60]]
@@ -145,7 +145,7 @@ def png_with_color(bits: int, color_type: int, row: bytes, size: int, transparen
 def test_a_transparent_color_of_other_than_8_bits_is_laid_on_white(
     bits: int, color_type: int, row: bytes, transparent: list[int], seen: list[int]
 ) -> None:
-    """Pillow leaves it as it is in the file: small icons had a gray ground, or other pixels were white."""
+    """Pillow leaves it unscaled: small icons used to have a gray ground, or other pixels were white."""
     size = len(seen)
     data = png_with_color(bits, color_type, row, size, transparent)
     assert pixels(data, size)[0, :, 0].tolist() == seen
@@ -234,7 +234,7 @@ def test_a_tiff_in_which_white_is_zero_is_no_negative(bits: int, sample_format: 
 
 
 def test_12_bit_gray_is_scaled() -> None:
-    """Pillow leaves its values as they are in 16 bits, where the brightest is nearly black."""
+    """Pillow keeps its values in 16 bits, where the brightest is nearly black."""
     values = np.arange(SIZE * SIZE) * 4
     bits = "".join(f"{value:012b}" for value in values)
     data = gray_tiff(12, 1, 1, int(bits, 2).to_bytes(len(bits) // 8, "big"), SIZE)
@@ -242,14 +242,14 @@ def test_12_bit_gray_is_scaled() -> None:
 
 
 def test_signed_gray_of_8_bits_is_stretched_like_that_of_16_bits() -> None:
-    """Pillow reads it as unsigned, so that -1 became white and 0 black."""
+    """Pillow reads it as unsigned, so -1 used to become white and 0 black."""
     values = np.broadcast_to(np.linspace(-100, 100, SIZE).astype(np.int8), (SIZE, SIZE))
     gray = pixels(gray_tiff(8, 1, 2, values.tobytes(), SIZE))[..., 0].astype(float)
     assert np.abs(gray - (values + 100.0) * 255 / 200).max() <= 1
 
 
 def test_a_color_map_of_8_bits_keeps_its_colors() -> None:
-    """Some programs write no 16 bits; Pillow took the high byte of each color, and all were black."""
+    """Some programs write 8 bits, not 16; Pillow took the high byte of each, so all used to be black."""
     data = encode(noise(SIZE, SIZE).convert("P"), "TIFF")
     colors = TiffImagePlugin.TiffImageFile(io.BytesIO(data)).tag_v2[320]
     narrow = data.replace(
@@ -259,12 +259,12 @@ def test_a_color_map_of_8_bits_keeps_its_colors() -> None:
     assert (pixels(narrow) == pixels(data)).all()
     opened = Image.open(io.BytesIO(narrow))
     assert (resize_image(opened, SIZE) == pixels(data)).all()
-    assert opened.getpalette() == [0] * 768  # the caller's image stays as it is
+    assert opened.getpalette() == [0] * 768  # the caller's image is unchanged
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I;16", "I", "F", "RGB"])
 def test_a_pickled_tiff_is_read_without_its_header(mode: str) -> None:
-    """Pillow pickles the pixels alone, and Ray all images of a dataset: gray ones were undecodable."""
+    """Pillow pickles only the pixels, and Ray all images of a dataset: gray ones used to be undecodable."""
     image = noise(SIZE, SIZE).convert("L" if mode == "I;16" else mode)
     data = encode(image.convert(mode), "TIFF")
     pickled = pickle.loads(pickle.dumps(Image.open(io.BytesIO(data))))
@@ -281,7 +281,7 @@ def test_a_gray_tiff_may_have_been_given_a_palette() -> None:
 
 
 def test_32_bit_integers_that_pillow_cannot_hold_are_refused() -> None:
-    """They became negative, and the picture was another one."""
+    """They used to become negative, which changed the picture."""
     values = np.linspace(0, 4e9, SIZE * SIZE).astype("<u4")
     image = decode_image(gray_tiff(32, 1, 1, values.tobytes(), SIZE), SIZE)
     assert image.status is Status.UNDECODABLE and "must be below 2147483648" in str(image.error)
@@ -315,7 +315,7 @@ def test_draft_reads_large_jpegs_smaller_and_others_exactly() -> None:
     difference = np.abs(image.array(SIZE).astype(int) - pixels(jpeg).astype(int))
     assert difference.max() > 0 and difference.mean() < 2
     assert (pixels(png, limits=draft) == pixels(png)).all()
-    assert (pixels(jpeg, 200, draft) == pixels(jpeg, 200)).all()  # there is no draft below twice the size
+    assert (pixels(jpeg, 200, draft) == pixels(jpeg, 200)).all()  # below twice the size there is no draft
 
 
 # --- Second chances
@@ -342,7 +342,7 @@ BAD_CHECKSUM = chunk(b"tEXt", b"Title\0hello")[:-4] + b"\0\0\0\0"
     ids=["long text", "long profile", "many texts", "checksum of a text", "damaged text"],
 )
 def test_metadata_of_a_png_does_not_cost_the_picture(chunks: list[bytes]) -> None:
-    """Generators of pictures write their whole workflow into a text; every viewer shows them."""
+    """Image generators write their whole workflow into a text; every viewer shows these images."""
     png = encode(noise(40, 30), "PNG")
     assert (pixels(with_chunks(png, *chunks)) == pixels(png)).all()
 
@@ -486,7 +486,7 @@ def test_impossible_limits_are_refused(name: str, value: Any) -> None:
 
 
 def test_limits_of_wrong_types_are_refused_and_whole_floats_are_taken() -> None:
-    """They ended the decoding children, whose message says nothing of them."""
+    """They used to end the decoding children, whose message does not mention them."""
     given: Any = {"memory_bytes": 2e9, "max_pixels": np.int64(5)}
     limits = ImageLimits(**given)
     assert (limits.memory_bytes, type(limits.memory_bytes), type(limits.max_pixels)) == (

@@ -1,4 +1,4 @@
-"""Code that an image brings into a decoding child reaches nothing but its own memory and two pipes."""
+"""Code that an image smuggles into a decoding child reaches only its own memory and two pipes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def listening() -> Iterator[int]:
 
 
 def test_code_in_a_child_reaches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token in the environment, files, the network, other processes and programs stay out of reach."""
+    """A token in the environment, files, the network, other processes and programs are out of reach."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     victim = tmp_path / "victim"
     victim.touch(mode=0o666)
@@ -47,7 +47,7 @@ def test_code_in_a_child_reaches_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         names += ["execute /bin/true", "become_root", "raise_limits"]
         names += [f"need_descriptor {fd}" for fd in range(4, 32)]
         outcomes = pool.decode([attack(name) for name in names])
-        assert pool.decode(GOOD) == EXPECTED  # the child that has tried it all
+        assert pool.decode(GOOD) == EXPECTED  # the child that has tried everything
         report = pool.sandbox_report()
     errors = {name: image.error for name, image in zip(names, outcomes, strict=True)}
     allowed = [name for name, image in zip(names, outcomes, strict=True) if image.status is Status.OK]
@@ -60,7 +60,7 @@ def test_code_in_a_child_reaches_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def under(protection: str, *attempts: tuple[Any, ...]) -> dict[str, str]:
-    """Return what becomes of attempts when one protection alone is in force."""
+    """Return the outcomes of attempts when only one protection is in force."""
     command = [sys.executable, str(FOLDER / "escapes.py"), json.dumps([protection]), json.dumps(attempts)]
     environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
     answer = json.loads(subprocess.run(command, capture_output=True, check=True, env=environment).stdout)
@@ -87,7 +87,7 @@ def test_no_new_privileges_alone() -> None:
 
 
 def test_landlock_alone() -> None:
-    """Signals and TCP ports are covered by later versions of Landlock only."""
+    """Only later versions of Landlock cover signals and TCP ports."""
     with listening() as port:
         outcomes = under("Landlock", ("open_file", "/etc/passwd"), ("connect", port), ("signal_parent",))
     assert outcomes["open_file"] == "Permission denied"
@@ -140,7 +140,7 @@ def test_images_are_decoded_where_a_protection_is_missing(lacking: str, missing:
 
 
 def test_another_system_than_linux_lacks_its_protections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """System calls have other numbers there, so none must be made."""
+    """System calls have other numbers there, so none may be made."""
     monkeypatch.setattr(sys, "platform", "darwin")
     for call in (lambda: libc.prctl(libc.SET_NO_NEW_PRIVS, 1), landlock.restrict, seccomp.restrict):
         with pytest.raises(OSError, match="this is darwin, not Linux"):
@@ -148,7 +148,7 @@ def test_another_system_than_linux_lacks_its_protections(monkeypatch: pytest.Mon
 
 
 def test_every_format_is_read_in_the_sandbox() -> None:
-    """A system call that a codec needs, or a module that Pillow imports late, must not be out of reach."""
+    """A system call that a codec needs, or a module that Pillow imports late, must stay available."""
     names, images = zip(*good_images(), strict=True)
     with DecodePool(SIZE) as pool:
         decoded = pool.decode(images)
@@ -167,7 +167,7 @@ def test_all_protections_are_reported_where_they_are_there() -> None:
 
 
 def test_nothing_is_imported_after_the_sandbox_is_closed(tmp_path: Path) -> None:
-    """Pillow imports in the middle of decoding; in the sandbox that fails, and the image with it."""
+    """Pillow would import it during decoding, which fails in the sandbox, and the image with it."""
     images = [*good_images(), *malformed_images(100, seed=3), ("LAB", encode(to_lab(noise(8, 8)), "TIFF"))]
     for number, (_, data) in enumerate(images):
         (tmp_path / str(number)).write_bytes(data)

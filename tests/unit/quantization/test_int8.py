@@ -1,4 +1,4 @@
-"""Products of bytes are exact, whatever the CPU, and rows do not disturb each other."""
+"""Products of bytes are exact on every CPU, and rows do not affect each other."""
 
 from __future__ import annotations
 

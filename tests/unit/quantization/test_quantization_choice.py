@@ -1,4 +1,4 @@
-"""Which parts are quantized: by the shapes of the model as it runs, and alike on all machines of a job."""
+"""Which parts are quantized: chosen by the model's actual shapes, and alike on all machines of a job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEMO = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=1, 
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
-    """Return the shapes that are timed from now on; each takes half of its time when it is quantized."""
+    """Return the shapes timed from now on; each takes half of its time when quantized."""
     shapes: list[Shape] = []
 
     def time(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
@@ -37,7 +37,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
 def test_shapes_are_timed_at_the_size_of_the_images(
     timed: list[Shape], image_size_px: int | None, num_rows: int
 ) -> None:
-    """With --image-size-px, they were timed at the checkpoint's own size, at which other parts may gain."""
+    """With --image-size-px, the checkpoint's own size used to be timed, at which other parts may gain."""
     choice = dataclasses.replace(DEMO, image_size_px=image_size_px).choose_quantization()
     assert choice is not None and choice.parts == (
         "vision",
@@ -53,10 +53,10 @@ def test_shapes_are_timed_at_the_size_of_the_images(
 def test_a_cpu_without_bfloat16_is_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each shape that was timed gave the warning again, ten times for the demonstration checkpoint."""
+    """Each timed shape used to repeat the warning, ten times for the demonstration checkpoint."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     choice = dataclasses.replace(DEMO, dtype="bfloat16").choose_quantization()
-    assert choice is not None and "slow in it" not in caplog.text  # the engine says it of its own layers
+    assert choice is not None and "slow in it" not in caplog.text  # the engine warns about its own layers
 
 
 def test_a_choice_is_stored_as_json_and_is_not_made_again(timed: list[Shape]) -> None:
@@ -81,7 +81,7 @@ def test_weights_alone_are_quantized_in_the_language_model_whatever_the_speed(ti
 def test_eight_bits_of_another_cpu_are_refused_where_their_products_saturate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The rows of such a machine would be of other precision, or wrong."""
+    """The rows of such a machine would have another precision, or be wrong."""
     choice = QuantizationChoice(method="int8", parts=(), weight_bits=8, instructions="AVX512 VNNI")
     monkeypatch.setattr(int8, "largest_weight", lambda: int8.HALF_WEIGHT)
     with pytest.raises(ValueError, match=r"^quantize must use weights of 7 bits .* 8 bits \(AVX512 VNNI\)"):
@@ -93,7 +93,7 @@ def test_eight_bits_of_another_cpu_are_refused_where_their_products_saturate(
 
 
 def test_layers_for_text_in_the_qformer_are_not_quantized() -> None:
-    """No caption runs them, so they waited for their weight for ever, and were counted as quantized."""
+    """No caption runs them, so they used to wait for their weight forever, and counted as quantized."""
     config = tiny_config()
     config.qformer_config.use_qformer_text_input = True
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Products of a GPU in int8 and fp8, by torch's own kernels, which exist for a CPU too."""
+"""A GPU's products in int8 and fp8, by torch's own kernels, which also exist for a CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def normal(*shape: int) -> torch.Tensor:
 def test_a_product_is_that_of_the_scaled_numbers_whatever_the_shape(
     dtype: torch.dtype, num_rows: int, width: int, num_channels: int
 ) -> None:
-    """Sides that are no multiples of 16 are padded, and so are a few rows."""
+    """Sides that are not multiples of 16 are padded, and so are a few rows."""
     if dtype is torch.int8 and not is_exact(FULL_WEIGHT):
         pytest.skip("products of bytes saturate on this CPU; those of a GPU do not")
     x, weight, bias = normal(num_rows, width), normal(num_channels, width), normal(num_channels)

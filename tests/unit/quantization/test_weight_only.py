@@ -1,4 +1,4 @@
-"""A layer whose weight alone is in int8 computes what its dequantized weight computes, in every dtype."""
+"""A layer with only its weight in int8 computes what its dequantized weight computes, in every dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an adapter may lie, what identifies it, and which adapters are refused by name."""
+"""Where an adapter may be stored, what identifies it, and which adapters are refused by name."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def query_weight(model: str, adapter: str | None = None) -> Tensor:
 
 
 def test_an_adapter_is_found_in_the_folder_alone_or_by_its_setting(base: Path, tmp_path: Path) -> None:
-    """An adapter next to weights was ignored without a word, and one alone was no checkpoint."""
+    """An adapter next to weights used to be ignored silently, and one alone was no checkpoint."""
     expected = query_weight(str(base)) + 2 / 4 * 4
     inside = tmp_path / "inside"
     shutil.copytree(base, inside)
@@ -114,7 +114,7 @@ def test_two_adapters_are_refused(base: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:
-    """The message said to leave out an adapter that nobody had given."""
+    """The message used to say to leave out an adapter that nobody had given."""
     inner, itself = tmp_path / "inner", tmp_path / "itself"
     write_adapter(inner, base_model_name_or_path=str(base))
     write_adapter(itself, base_model_name_or_path=str(itself))
@@ -185,7 +185,7 @@ def test_matrices_that_do_not_fit_are_refused_by_name(case: str, base: Path, tmp
 
 
 def test_a_rank_of_0_is_refused(base: Path, tmp_path: Path) -> None:
-    """The scaling divided by it."""
+    """The scaling used to divide by it."""
     empty = {k: v[:0] if "lora_A" in k else v[:, :0].contiguous() for k, v in MATRICES.items()}
     adapter = write_adapter(tmp_path / "adapter", empty, r=0)
     with pytest.raises(ValueError, match=r"matrices A and B of .*q_proj, got \[\[0, 32\], \[32, 0\]\]"):

@@ -1,4 +1,4 @@
-"""Checkpoints of LAVIS: each trained tensor takes the place of its own, and the frozen ones stay."""
+"""Checkpoints of LAVIS: each trained tensor replaces its counterpart, and the frozen ones stay."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def train(base: Path, names: dict[str, str]) -> tuple[Tensors, Tensors]:
 
 
 def write(path: Path, tensors: Tensors) -> Path:
-    """Write a file as the runner of LAVIS does."""
+    """Write a file as LAVIS's runner does."""
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-5, "params": [0]}]}
     rest: dict[str, Any] = {"config": {"run": {"seed": 42}}, "scaler": {"scale": 65536.0}, "epoch": 3}
     torch.save({"model": tensors, "optimizer": optimizer, **rest}, path)

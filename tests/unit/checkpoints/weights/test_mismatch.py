@@ -1,4 +1,4 @@
-"""Weights that do not fit their config.json: a short message with the likely reason and what to do."""
+"""Weights that do not fit their config.json cause a short message with the likely reason and a remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def refusal(folder: Path, tensors: Tensors) -> str:
-    """Return the message about weights that stand in the place of a folder's own."""
+    """Return the message about weights that replace a folder's own."""
     original = (folder / "model.safetensors").read_bytes()
     try:
         save_file(tensors, folder / "model.safetensors")
@@ -68,7 +68,7 @@ REASONS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 def test_the_message_is_short_and_names_the_likely_reason(
     case: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """There was a line for each tensor: 1,247 of them and as many again for a published checkpoint."""
+    """There used to be a line per tensor: 1,247 of them and as many again for a published checkpoint."""
     change, reason = REASONS[case]
     with caplog.at_level(logging.DEBUG, "blip2_actor.checkpoints"):
         message = refusal(folders["opt"], change(load_file(folders["opt"] / "model.safetensors")))
@@ -90,7 +90,7 @@ def test_another_language_model_is_named(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_checkpoint_is_refused_before_its_weights_are_read(bits: int, tmp_path: Path) -> None:
-    """The tensors of bitsandbytes were reported as unexpected, with no word about the quantization."""
+    """The tensors of bitsandbytes used to be reported as unexpected, without mentioning quantization."""
     folder = save_tiny_checkpoint(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
@@ -105,7 +105,7 @@ def test_a_quantized_checkpoint_is_refused_before_its_weights_are_read(bits: int
 
 
 def test_weights_in_a_file_that_config_json_names_are_refused(tmp_path: Path) -> None:
-    """transformers would read that file, and the engine another one."""
+    """transformers would read that file, but the engine another one."""
     folder = save_tiny_checkpoint(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))

@@ -1,4 +1,4 @@
-"""Our reader of files that `torch.save` writes."""
+"""Our reader of files written by `torch.save`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_tensors_are_read_in_pieces(
 
 
 class Runs:
-    """Unpickled, it makes a folder."""
+    """If unpickled, it makes a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,7 +108,7 @@ def test_a_training_checkpoint_is_refused(content: Any, message: str, tmp_path: 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
 def test_loading_needs_no_second_copy_of_the_weights(tmp_path: Path) -> None:
-    """Mapped pages are the operating system's; memory of the process's own must not grow by the weights."""
+    """Mapped pages belong to the operating system; the process's own memory must not grow by the weights."""
     model = nn.Linear(2048, 2048, bias=False).requires_grad_(False)
     torch.save({"weight": model.weight.clone()}, tmp_path / "pytorch_model.bin")
     tensors = list_weights(tmp_path)

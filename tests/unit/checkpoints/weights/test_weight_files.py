@@ -1,4 +1,4 @@
-"""Which files of a folder are read, and which count as its content."""
+"""Which files of a folder are read, and which ones its digest covers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read(folder: Path) -> float:
 
 
 def test_the_order_is_that_of_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A fine-tune that was copied over the shards of its base was not read: the index came first."""
+    """A fine-tune copied over the shards of its base used to be ignored, because the index came first."""
     kinds = [PICKLE_INDEX, "pytorch_model.bin", INDEX, "model.safetensors"]
     for value, name in enumerate(kinds):
         write(tmp_path, name, value)
@@ -111,14 +111,14 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_pointer_of_git_lfs_is_named(name: str, tmp_path: Path) -> None:
-    """A clone without Git LFS has one in the place of the weights, and a second clone has it again."""
+    """A clone without Git LFS has a pointer instead of the weights, and a second clone has one again."""
     (tmp_path / name).write_text("version https://git-lfs.example/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(OSError, match=rf"{name} must hold the weights, got a pointer .* run git lfs pull"):
         list_weights(tmp_path)
 
 
 def test_a_link_without_its_file_is_named(tmp_path: Path) -> None:
-    """The folder of a commit in the hub's cache is links to other folders; all of it seemed to be missing."""
+    """In the hub's cache, a commit's folder holds links to other folders; all of it used to seem missing."""
     (tmp_path / "config.json").symlink_to("../../blobs/1f")
     with pytest.raises(FileNotFoundError, match=r"config\.json must be a file, got a link to .*blobs/1f"):
         resolve(str(tmp_path))

@@ -1,4 +1,4 @@
-"""A program that ends while an engine is at work, or frees its model, is not aborted and waits for no result.
+"""A program that ends while an engine works or frees its model is not aborted, and waits for no result.
 
 A thread within torch while the interpreter is torn down aborts the process: "terminate called without an
 active exception".
@@ -21,7 +21,7 @@ ENDS = {
     "no_thread": (0, "can't start new thread"),
     "loading": (0, "interrupted loaded"),
 }
-"""For each way of `ways`, the exit status, and what was done until then."""
+"""For each way of `ways`: the exit status, and what has happened by then."""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,6 @@ def test_the_exit_waits_for_the_step_and_no_longer(
 
 
 def test_nothing_is_left_to_complain_of(program: subprocess.CompletedProcess[str]) -> None:
-    """A thread that never began was joined, and a callback of the exit ended in an error."""
+    """A thread that never began used to be joined, and an exit callback ended in an error."""
     assert "Ctrl-C again ends it at once" in program.stderr
     assert "atexit callback" not in program.stderr and "terminate called" not in program.stderr

@@ -25,7 +25,7 @@ from tests.engines import cpu_config
 
 PICTURE = random_images(1)[0].numpy()
 KEPT: list[Engine] = []
-"""Engines that are held to the end of the program."""
+"""Engines that are kept until the program ends."""
 LONG = GenerationOptions(max_new_tokens=20, min_new_tokens=20)
 
 
@@ -38,7 +38,7 @@ def say(text: str) -> None:
 
 
 def replace(place: Any, name: str, other: Any) -> None:
-    """Replace a function or method to the end of the program."""
+    """Replace a function or method until the program ends."""
     setattr(place, name, other)
 
 
@@ -55,7 +55,7 @@ class SlowToFree:
 
 
 def released(folder: Path) -> None:
-    """Nobody holds the engine any longer: its thread ends by itself, and frees the model."""
+    """Nobody holds the engine any longer: its thread ends by itself and frees the model."""
     engine = build(folder)
     weights = SlowToFree()
     is_being_freed = weights.is_being_freed
@@ -66,7 +66,7 @@ def released(folder: Path) -> None:
 
 
 def at_work(folder: Path) -> Engine:
-    """Return an engine whose steps take 0.5 s, within one of them."""
+    """Return an engine in the middle of a step, which takes 0.5 s."""
     engine = build(folder)
     decode, is_within = engine._core.runner.decode, threading.Event()
 
@@ -120,7 +120,7 @@ def exiting_callbacks(folder: Path) -> None:
 
 
 def resubmitting_callbacks(folder: Path) -> None:
-    """Callers who try again when their request is cancelled."""
+    """Callers that retry when their request is cancelled."""
     KEPT.append(at_work(folder))
 
     def submit() -> None:
@@ -137,7 +137,7 @@ def resubmitting_callbacks(folder: Path) -> None:
 
 
 def no_thread(folder: Path) -> None:
-    """The system has no more threads."""
+    """The system refuses to create more threads."""
 
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -150,7 +150,7 @@ def no_thread(folder: Path) -> None:
 
 
 def loading(folder: Path) -> None:
-    """Ctrl-C while the weights are loaded: nothing is done with them any longer."""
+    """Ctrl-C while the weights are loaded: nothing more is done with them."""
     load = startup.load_model
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -182,6 +182,6 @@ def status_and_output(folder: Path, way: str) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     folder = save_tiny_checkpoint(Path(sys.argv[1]))
     print(json.dumps({way: status_and_output(folder, way) for way in sys.argv[2:]}))

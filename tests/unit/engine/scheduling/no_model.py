@@ -1,4 +1,4 @@
-"""A runner without a model, and requests for it, for tests of the scheduler alone."""
+"""A runner without a model, and requests for it, to test the scheduler alone."""
 
 from __future__ import annotations
 

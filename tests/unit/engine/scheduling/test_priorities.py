@@ -1,4 +1,4 @@
-"""Requests of low priority take what others leave: counted in steps of a scheduler without a model."""
+"""Requests of low priority use what others leave free, counted in steps of a scheduler without a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_scheduler(max_slots: int = MAX_SLOTS) -> Scheduler:
 
 
 class Load:
-    """Online requests that arrive at random, and a batch job that always has enough waiting."""
+    """Online requests that arrive at random, and a batch job that always has requests waiting."""
 
     def __init__(self, online_share: float, has_batch: bool) -> None:
         self.scheduler = make_scheduler()
@@ -62,7 +62,7 @@ class Load:
 
 
 def test_online_requests_hardly_notice_a_batch_job_which_keeps_most_of_its_speed() -> None:
-    """At 30 % online load; without priorities, online requests waited for all that the job had queued."""
+    """The online load is 30 %; without priorities, online requests waited for the job's whole queue."""
     online_alone, batch_alone = Load(0.3, has_batch=False), Load(0.0, has_batch=True)
     both = Load(0.3, has_batch=True)
     for load in (online_alone, batch_alone, both):
@@ -75,7 +75,7 @@ def test_online_requests_hardly_notice_a_batch_job_which_keeps_most_of_its_speed
 
 @pytest.mark.parametrize("low_priority", [True, False])
 def test_next_to_texts_that_run_online_requests_share_passes_of_the_encoders(low_priority: bool) -> None:
-    """A pass for each arrival, and the prefill after it, took most of the device from the texts."""
+    """One pass per arrival, and the prefill after it, used to take most of the device from the texts."""
     scheduler, now_s = make_scheduler(), [0.0]
     scheduler.encoding.clock_s = lambda: now_s[0]
     for _ in range(MAX_SLOTS // 2):
@@ -95,7 +95,7 @@ def test_next_to_texts_that_run_online_requests_share_passes_of_the_encoders(low
 
 
 def test_images_of_a_caller_who_sends_one_after_the_other_do_not_wait() -> None:
-    """Next to texts that run for long, each would have waited for others in vain."""
+    """Next to long texts, each would have waited for others in vain."""
     scheduler, now_s = make_scheduler(), [0.0]
     scheduler.encoding.clock_s = lambda: now_s[0]
     scheduler.add(make_request(60, arrived_s=now_s[0]))
@@ -112,7 +112,7 @@ def test_images_of_a_caller_who_sends_one_after_the_other_do_not_wait() -> None:
 
 
 def test_an_image_that_has_waited_for_a_pass_does_not_wait_for_others() -> None:
-    """The rest of a job's rows came when the others did."""
+    """The rest of a job's rows used to come only with the others."""
     scheduler, now_s = make_scheduler(), [0.0]
     scheduler.encoding.clock_s = lambda: now_s[0]
     for _ in range(ENCODE_BATCH + 3):
@@ -159,7 +159,7 @@ def test_a_low_priority_text_gives_its_slot_up_and_begins_again(num_texts: int) 
 
 
 def test_a_request_that_does_not_fit_yet_preempts_nobody_in_vain() -> None:
-    """Its eight slots would not be free in any case while four are held by another online request."""
+    """Its eight slots would not become free anyway while another online request holds four of them."""
     scheduler = make_scheduler(max_slots=8)
     scheduler.add(make_request(50, num_texts=4))
     for _ in range(4):
@@ -194,7 +194,7 @@ def test_a_batch_of_both_priorities_that_does_not_fit_goes_back_to_both_lanes() 
 
 
 def test_the_request_that_does_not_fit_alone_fails_and_no_other() -> None:
-    """A request of normal priority that waits is first in line, but it is not the one to blame."""
+    """A waiting request of normal priority is first in line, but is not the one to blame."""
     scheduler = make_scheduler(max_slots=1)
     low = make_request(2, low_priority=True)
     normal = make_request(2)
@@ -233,7 +233,7 @@ def test_an_image_of_both_priorities_survives_passes_that_fail_and_callers_who_l
             taken = passes.pop(choose.randrange(len(passes)))
             if choose.random() < 0.5:
                 encoding.finish(taken, OutOfMemory("not enough"))
-                scheduler.limits.encode_batch = ENCODE_BATCH  # never one by one, which fails requests
+                scheduler.limits.encode_batch = ENCODE_BATCH  # a size of 1 would fail requests
             else:
                 NoModel().encode(taken)
                 encoding.finish(taken, None)

@@ -20,7 +20,7 @@ def test_the_number_of_wanted_slots_follows_every_change() -> None:
         elif action == 2:
             taken = ready.take(choose.randint(0, 16), choose.randint(1, 3))
             for request in taken[1:]:
-                request.future.cancel()  # dropped by a later `take`
+                request.future.cancel()  # a later `take` drops it
             ready.put_back([request for request in taken if choose.random() < 0.7])
         elif step % 100 == 99:
             limits.halve_slots()

@@ -14,7 +14,7 @@ def make_scheduler() -> Scheduler:
 
 
 def test_a_part_of_a_batch_is_encoded_even_if_a_text_is_always_ready() -> None:
-    """Six callers that ask about one image again and again kept three other images waiting forever."""
+    """Six callers that kept asking about one image used to keep three other images waiting forever."""
     scheduler = make_scheduler()
     shared = make_image()
     shared.prefix = torch.zeros(1, 1)
@@ -32,7 +32,7 @@ def test_a_part_of_a_batch_is_encoded_even_if_a_text_is_always_ready() -> None:
 
 
 def test_batches_that_began_together_and_do_not_fit_halve_the_limit_once() -> None:
-    """Each of them halved the batch again, down to single images and half of the slots."""
+    """Each of them used to halve the batch again, down to single images and half of the slots."""
     scheduler = make_scheduler()
     for _ in range(12):
         scheduler.add(make_request(2))

@@ -1,4 +1,4 @@
-"""Slots have one owner each, and the used ones come first when a decode step begins."""
+"""Each slot has one owner, and the used slots come first when a decode step begins."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_costly_texts_own_the_last_of_the_used_slots() -> None:
 
 @pytest.mark.parametrize("has_costly", [False, True])
 def test_after_any_order_of_events_every_slot_has_one_owner(has_costly: bool) -> None:
-    """A slot that is lost or has two owners mixes up two captions."""
+    """A slot that is lost or has two owners would mix up two captions."""
     choose = random.Random(0)
     table = SlotTable(16, has_costly)
     holds = dict.fromkeys(range(16), "")
-    """What the cache holds: of each slot, the beam that was last copied there."""
+    """The content of the cache: for each slot, the beam that was last copied there."""
     for _ in range(2000):
         num_slots = choose.randint(1, 8)
         if choose.random() < 0.5 and num_slots <= table.num_free:

@@ -1,4 +1,4 @@
-"""A text of many slots does not slow the steps of the others, keeps its share, and no token changes."""
+"""A text of many slots does not slow the steps of the others, keeps its share, and changes no token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG = 10_000
 
 
 class Device(NoModel):
-    """A device with a clock: a step takes a second, and more for each row."""
+    """A device with a clock: a step takes a second, plus some time per row."""
 
     def __init__(self, seconds_per_row: float) -> None:
         self.now_s = 0.0
@@ -33,7 +33,7 @@ class Device(NoModel):
 
 
 def run(device: Device, *, has_costly: bool, shares_steps: bool = True) -> tuple[float, int]:
-    """Return the seconds of steps that 20 captions take, one after the other, and the number of steps."""
+    """Return the seconds and the number of steps that 20 successive captions take."""
     scheduler = Scheduler(device, 32, 4, shares_steps=shares_steps)  # type: ignore[arg-type]  # a stand-in
     scheduler._shares = StepShares(lambda: device.now_s)
     if has_costly:

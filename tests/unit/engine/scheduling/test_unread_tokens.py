@@ -1,4 +1,4 @@
-"""Steps that are queued before the tokens of the last one are read: order, slots, and what is thrown away."""
+"""Steps queued before the tokens of the last one are read: their order, slots, and what is discarded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.engine.scheduling.no_model import NoModel, Words, make_image
 
 
 class LateModel(NoModel):
-    """A runner that notes what it is asked for; texts in the slots `ends` end at the next step."""
+    """A runner that records its calls; texts in the slots `ends` end at the next step."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -109,7 +109,7 @@ def test_a_step_is_queued_before_the_tokens_of_the_last_one_are_read(scheduler, 
 
 
 def test_a_slot_of_a_text_that_may_have_no_more_tokens_is_free_at_once(scheduler, model) -> None:
-    """The next text waits no step longer than if the tokens were read before."""
+    """The next text waits no longer than if the tokens had been read before."""
     requests = [add(scheduler, num_tokens) for num_tokens in (3, 3, 2, 2)]
     while scheduler.has_work:
         scheduler.step()
@@ -149,7 +149,7 @@ def test_texts_that_need_more_than_the_largest_logit_are_read_at_once(scheduler,
 
 
 def test_steps_are_queued_ahead_while_the_end_is_banned(scheduler, model) -> None:
-    """The largest logit is the end for three tokens; the largest of the others is taken on the device."""
+    """The largest logit is the end for three tokens; the device selects the largest of the others."""
     model.ends = {0}
     request = add(scheduler, 5, min_new_tokens=3)
     while scheduler.has_work:
@@ -160,9 +160,9 @@ def test_steps_are_queued_ahead_while_the_end_is_banned(scheduler, model) -> Non
 
 @pytest.mark.parametrize("reads_late", [True, False])
 def test_a_text_that_begins_again_keeps_the_tokens_that_its_caller_has_seen(model, reads_late: bool) -> None:
-    """In another batch the device may round otherwise: here the second token would then end the text.
+    """In another batch the device may round differently: here the second token would then end the text.
 
-    A stream stopped in the middle of its text, without an error.
+    A stream would stop in the middle of its text, without an error.
     """
     scheduler = Scheduler(model, max_slots=2, encode_batch=4, reads_late=reads_late)
     said: list[tuple[int, ...]] = []
@@ -170,7 +170,7 @@ def test_a_text_that_begins_again_keeps_the_tokens_that_its_caller_has_seen(mode
     while len(said) < 3:
         scheduler.step()
     model.ends = {0}
-    for num_preempted in (1, 2):  # the second time before it has its tokens again
+    for num_preempted in (1, 2):  # the second time before its tokens exist again
         add(scheduler, 1, 1)
         scheduler.step()
         scheduler.step()
@@ -183,7 +183,7 @@ def test_a_text_that_begins_again_keeps_the_tokens_that_its_caller_has_seen(mode
 
 
 def test_steps_are_queued_ahead_while_a_text_takes_its_tokens_again(scheduler, model) -> None:
-    """Known tokens need no reading, and the texts next to it must not wait for it."""
+    """Known tokens need no reading, and neighboring texts must not wait for it."""
     said: list[tuple[int, ...]] = []
     low = add(scheduler, 5, low_priority=True, on_token=lambda ids: said.append(tuple(ids)))
     while len(said) < 3:
@@ -219,7 +219,7 @@ def test_a_cancelled_text_leaves_its_slot_and_accepts_nothing(scheduler, model) 
 
 
 def test_who_waits_for_a_text_that_is_cancelled_without_its_slot_is_told(scheduler, model) -> None:
-    """Its last token is unread, and the table of slots does not know it any longer."""
+    """Its last token is unread, and the table of slots has already dropped it."""
     request = add(scheduler, 2)
     scheduler.step()
 
