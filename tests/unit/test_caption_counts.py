@@ -1,4 +1,4 @@
-"""A broken checkpoint gives every image the same caption, or none: that must not look like a success."""
+"""A broken checkpoint gives every image the same caption or none, which must not look like a success."""
 
 from __future__ import annotations
 

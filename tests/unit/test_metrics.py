@@ -18,7 +18,7 @@ Recorded = list[tuple[str, float, dict[str, str]]]
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    """What metrics record, instead of sending it to Ray's agent."""
+    """The recorded metrics, which are not sent to Ray's agent."""
     found: Recorded = []
 
     def record(metric: Metric, value: float, tags: dict[str, str] | None = None) -> None:
@@ -35,7 +35,7 @@ def test_a_worker_reports_its_seconds_in_total_and_each_counts_once(recorded: Re
         coordinator.report("decode", worker, busy_s, 10.0)
     busy = [value for name, value, tags in recorded if name == "blip2_stage_busy_seconds"]
     assert busy == [2.0, 5.0, 1.5]
-    for _ in range(2):  # Ray drops a gauge that is not set again.
+    for _ in range(2):  # Ray drops a gauge that is not set again
         recorded.clear()
         coordinator.news()
         assert recorded == [("blip2_stage_workers", 2, {"stage": "decode"})]

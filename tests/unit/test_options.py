@@ -1,4 +1,4 @@
-"""Which of the given, the stored and the default options count."""
+"""The precedence of given, stored and default options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_given_options_come_before_stored_ones_and_stored_ones_before_defaults()
 
 
 def test_a_given_default_is_given() -> None:
-    """The value alone does not say whether somebody wants it."""
+    """The value alone does not tell whether somebody wants it."""
     stored = {"num_beams": 5, "do_sample": False, "repetition_penalty": 1.5}
     chosen = GenerationOptions(num_beams=1, repetition_penalty=1.0).resolve(stored)
     assert (chosen.num_beams, chosen.repetition_penalty) == (1, 1.0)
@@ -43,7 +43,7 @@ def test_stored_options_without_effect_next_to_given_ones_are_left_out() -> None
 
 
 def test_options_that_contradict_stored_ones_are_refused() -> None:
-    """By the name of the stored one: nobody knows where a value comes from that was never given."""
+    """The message names the stored option, because nobody would recognize a value that was never given."""
     source = "of the checkpoint's generation_config.json counts until another value is given"
     with pytest.raises(ValueError, match=rf"at most num_beams \(5\) unless .*; num_beams=5 {source}"):
         GenerationOptions(do_sample=True, num_return_sequences=6).resolve({"num_beams": 5})
@@ -56,13 +56,13 @@ def test_options_that_contradict_stored_ones_are_refused() -> None:
 
 
 def test_a_stored_minimum_ends_at_a_given_maximum() -> None:
-    """transformers goes on with a warning; here no text shorter than eight tokens could be asked for."""
+    """transformers continues with a warning; here texts shorter than eight tokens could not be requested."""
     options = GenerationOptions(max_new_tokens=5).resolve({"min_new_tokens": 8})
     assert (options.min_new_tokens, options.max_new_tokens) == (5, 5)
 
 
 def test_what_temperature_0_contradicts_says_so() -> None:
-    """It is greedy search, so "set do_sample" was no help to those who had set it."""
+    """The temperature means greedy search, so "set do_sample" did not help those who had set it."""
     with pytest.raises(ValueError, match="set do_sample with num_beams 1 and no temperature of 0"):
         GenerationOptions(do_sample=True, temperature=0, num_return_sequences=3).resolve()
 
@@ -86,7 +86,7 @@ def test_a_switch_that_a_checkpoint_may_set_can_be_switched_off_on_the_command_l
     ],
 )
 def test_unknown_options_are_refused_with_what_to_do(name: str, remedy: str) -> None:
-    """max_length as another name of max_new_tokens would give texts of another length than the reference."""
+    """Reading max_length as max_new_tokens would give texts of another length than the reference."""
     with pytest.raises(TypeError, match=f"{name} is not an option; {remedy}"):
         GenerationOptions(**cast("dict[str, Any]", {name: 20}))
 
@@ -115,7 +115,7 @@ def test_unknown_options_are_refused_with_what_to_do(name: str, remedy: str) -> 
     ],
 )
 def test_values_that_cannot_be_used_are_refused(options: dict[str, Any], message: str) -> None:
-    """Some would raise, or draw from NaN, in a batch that others share."""
+    """Some would raise, or sample from NaN, in a batch that others share."""
     with pytest.raises(ValueError, match=message):
         GenerationOptions(**options)
 

@@ -48,7 +48,7 @@ def test_columns_types_and_statuses_are_frozen():
 
 
 def test_the_names_without_types_are_those_of_the_contract():
-    """Settings refuse taken names by this list; a name missing in it could be given to another column."""
+    """Settings refuse the names in this list; a missing name could be given to another column."""
     assert list(COLUMN_NAMES) == ROW_CONTRACT.names
 
 

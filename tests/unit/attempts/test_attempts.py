@@ -79,7 +79,7 @@ def test_the_bottleneck_of_a_long_run_is_named_from_its_records():
 
 
 def test_workers_that_are_gone_keep_no_advice_back(tmp_path):
-    """They were counted with those that had come for them, and no more were advised."""
+    """Lost workers used to be counted with their replacements, so no more workers were advised."""
     with recorded(Folder(str(tmp_path)), is_begun=True, run="digest") as record:
         for at_work in ({"a", "b"}, {"b", "c"}, {"c"}, ()):
             loads = {"caption": dict.fromkeys("abc", WorkerLoad(290, 300))}
@@ -99,7 +99,7 @@ def worked(**changes: Any) -> Attempt:
 
 
 def test_workers_count_once_however_long_they_waited_for_the_model():
-    """Two decoders were counted as six: no more were advised."""
+    """Two decoders used to count as six, so no more were advised."""
     assert "--max-decode-actors, up to 4" in verdict(Attempts((worked(workers={"decode": 2}),)))
     assert "more CPUs" in verdict(Attempts((worked(workers={"decode": 4}),)))
     assert "--max-decode-actors, up to 4" in verdict(Attempts((worked(),))), "a record of an older version"
@@ -109,7 +109,7 @@ def test_workers_count_once_however_long_they_waited_for_the_model():
     "changes", [{"points": (), "ready_s": None}, {"workers": {"decode": 1}, "hardware": {"cpus": 4.0}}]
 )
 def test_a_start_with_little_to_do_changes_no_verdict(changes):
-    """It has fewer workers or none, and the report contradicted the last line of the run."""
+    """Such a start has fewer workers or none, and the report used to contradict the last line of the run."""
     long, short = worked(workers={"decode": 4}), attempt(2, **changes)
     before = verdict(Attempts((long,)))
     assert "more CPUs" in before
@@ -119,7 +119,7 @@ def test_a_start_with_little_to_do_changes_no_verdict(changes):
 
 
 def test_machines_that_have_joined_are_recorded_at_the_end_of_the_work(tmp_path, monkeypatch):
-    """The last line of a run knew them, and the report did not."""
+    """The last line of a run used to count them, but the report did not."""
     nodes = [{"Resources": {"CPU": 64.0, "GPU": 1.0}, "Alive": True, "NodeID": each} for each in "abcd"]
     monkeypatch.setattr("ray.nodes", lambda: nodes[:1])
     with recorded(Folder(str(tmp_path)), is_begun=True, run="digest") as record:
@@ -196,7 +196,7 @@ def test_a_recorder_writes_from_the_start_and_says_how_the_attempt_ended(tmp_pat
 
 
 def test_the_log_of_an_attempt_is_kept_with_its_end_and_is_bounded(tmp_path):
-    """The log of a driver went with its pod."""
+    """The log of a driver used to be lost with its pod."""
     folder = Folder(str(tmp_path))
     with pytest.raises(StoppedBySignal), recorded(folder, is_begun=True, run="d", run_id="abc") as record:
         console = Console(io.StringIO())
@@ -218,7 +218,7 @@ def test_the_log_of_an_attempt_is_kept_with_its_end_and_is_bounded(tmp_path):
 
 
 def test_a_log_takes_names_that_are_not_utf8():
-    """A note about a new file with such a name ended each later start of its run."""
+    """A note about a new file with such a name used to end each later start of its run."""
     log = AttemptLog("abc")
     log.add("note", "1 new file: \udcff.png")
     assert json.loads(log.content())["text"] == "1 new file: \udcff.png"
@@ -238,7 +238,7 @@ def test_quiet_leaves_notes_out_of_the_terminal_but_not_out_of_the_log():
 
 
 def test_an_attempt_knows_those_before_it_and_totals_count_all(tmp_path):
-    """After the death of a driver, progress and the end of a run told only of the last attempt."""
+    """After the death of a driver, progress and the end of a run used to cover only the last attempt."""
     folder = Folder(str(tmp_path))
     write_attempt(folder, attempt(1, shard_rows=50.0))
     with recorded(folder, is_begun=True, run="digest") as record:
@@ -254,7 +254,7 @@ def test_an_attempt_knows_those_before_it_and_totals_count_all(tmp_path):
 
 
 def test_the_total_of_a_stopped_attempt_counts_its_last_rows(tmp_path, monkeypatch):
-    """After Ctrl-C, the last line told of 1,006 rows and `blip2 status` of 1,953."""
+    """After Ctrl-C, the last line used to report 1,006 rows where `blip2 status` reported 1,953."""
     now = iter([0.0, *[100.0] * 20])
     monkeypatch.setattr("pipeline.attempts.recorder.time", SimpleNamespace(monotonic=lambda: next(now)))
     with recorded(Folder(str(tmp_path)), is_begun=True, run="digest") as record:

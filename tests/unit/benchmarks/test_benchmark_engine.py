@@ -13,7 +13,7 @@ from blip2_actor import EngineConfig
 
 
 class FakeContender:
-    """Record what happens to each side; a reference whose batch is too large dies."""
+    """Record each event of the sides; a reference whose batch is too large dies."""
 
     events: ClassVar[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""The runs of `benchmarks.reading` are such as the commands read, and its figures are those of a process."""
+"""The commands can read the runs of `benchmarks.reading`, and its figures are those of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the endpoint: what it sends, and how it sums up what came back."""
+"""The benchmark of the endpoint: the requests that it sends, and its summary of the answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_form_has_the_image_and_the_further_fields() -> None:
 
 
 def test_the_first_piece_and_the_refusals_have_latencies_of_their_own() -> None:
-    """A refusal at once must not make captions look fast, nor a connection that broke look like a refusal."""
+    """A quick refusal must not make captions look fast, nor a broken connection look like a refusal."""
     answers = [
         Answer(0, 3, None, begun=1),
         Answer(0, 0.5, "503", begun=0.5),

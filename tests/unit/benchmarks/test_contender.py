@@ -1,4 +1,4 @@
-"""A contender runs in a process of its own, and its figures are those of this process."""
+"""A contender runs in its own process, and its figures are those of this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LARGE_MIB = 1500
 
 @pytest.mark.slow
 def test_the_peak_memory_of_a_contender_is_not_that_of_its_parent() -> None:
-    """The kernel counts the memory that a new process has for a moment of the one that starts it."""
+    """For a moment the kernel counts the memory of the parent as that of a new process."""
     large = bytearray(b"x") * (LARGE_MIB << 20)
     contender = Contender(list, (1, 2))
     assert contender.call("count", 1) == 1

@@ -54,7 +54,7 @@ def test_config_prints_what_a_command_line_comes_to(file: str, capsys) -> None:
 
 
 def test_a_terminal_does_not_wrap_what_is_a_configuration_file(monkeypatch) -> None:
-    """A long value was broken into two lines, which TOML refuses."""
+    """A long value used to be broken into two lines, which TOML refuses."""
     prompt = "a prompt that is longer than a line of the terminal, by far"
     with terminal(40) as (stream, shown):
         monkeypatch.setattr("sys.stdout", stream)
@@ -108,7 +108,7 @@ def test_the_endpoint_has_its_part(file: str, capsys) -> None:
 
 
 def test_a_submitted_job_does_not_need_the_file(tmp_path: Path, monkeypatch) -> None:
-    """The file is on this machine, and the job runs on another."""
+    """The file is on this machine, but the job runs on another."""
     seen = []
 
     def submit(settings: SubmitSettings) -> int:

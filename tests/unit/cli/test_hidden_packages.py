@@ -1,4 +1,4 @@
-"""A user's own `pipeline.py`, `deploy/` or `blip2_actor.py` must not be imported in place of ours.
+"""A user's own `pipeline.py`, `deploy/` or `blip2_actor.py` must not be imported instead of ours.
 
 `blip2` starts as its console script does: without the working folder in the import path.
 """
@@ -43,7 +43,7 @@ def run(
 @pytest.mark.parametrize("as_package", [False, True])
 @pytest.mark.parametrize("command", [["-m", "pipeline"], ["-P", "-c", CONSOLE_SCRIPT]])
 def test_serve_starts_our_deployment(tmp_path: Path, command: list[str], as_package: bool) -> None:
-    """`python -m deploy` takes the first `deploy` of the import path, where the working folder is first."""
+    """`python -m deploy` imports the first `deploy` in the path, which begins with the working folder."""
     hide(tmp_path, "deploy", as_package)
     done = run(tmp_path, command, "serve", "--help")
     assert done.returncode == 0, done.stderr
@@ -67,7 +67,7 @@ def test_the_console_script_ignores_the_working_folder(tmp_path: Path, name: str
 @pytest.mark.parametrize("as_package", [False, True])
 @pytest.mark.parametrize("package", ["pipeline", "deploy"])
 def test_a_file_that_hides_our_engine_is_named(tmp_path: Path, package: str, as_package: bool) -> None:
-    """It was "No module named 'blip2_actor.flags'; 'blip2_actor' is not a package"."""
+    """The message used to be "No module named 'blip2_actor.flags'; 'blip2_actor' is not a package"."""
     hiding = hide(tmp_path, "blip2_actor", as_package)
     done = run(tmp_path, ["-m", package], "--help")
     assert done.returncode == 3

@@ -1,4 +1,4 @@
-"""Systems that are not Linux, simulated: what they lack is taken away before anything is imported."""
+"""Systems other than Linux, simulated by removing what they lack before anything is imported."""
 
 from __future__ import annotations
 

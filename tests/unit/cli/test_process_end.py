@@ -24,13 +24,13 @@ command.run()
 
 
 def test_a_command_ends_without_unloading_its_packages() -> None:
-    """Unloading took a second of CPU time; what was printed must still arrive, and the exit status too."""
+    """Unloading used to take a second of CPU time. All output and the exit status must still arrive."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (3, "a line that is not lost"), done.stderr
 
 
 def test_a_library_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A broken torch, which `blip2 doctor` is asked about, was taken for an output that cannot be written."""
+    """A broken torch, for which users run `blip2 doctor`, used to be reported as an unwritable output."""
 
     def load(arguments: list[str]) -> int:
         raise OSError("libcublas.so.12: cannot open shared object file")
@@ -43,7 +43,7 @@ def test_a_library_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux")
 @pytest.mark.parametrize("words", [["config", "show", "captions"], ["completion", "bash"], ["--help"]])
 def test_output_that_a_full_disk_does_not_take_is_a_failure(words: list[str]) -> None:
-    """`blip2 show --json > rows.jsonl` lost its rows on a full disk, and its exit status was 0."""
+    """On a full disk, `blip2 show --json > rows.jsonl` used to lose its rows and exit with 0."""
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "pipeline", *words],
@@ -60,7 +60,7 @@ def test_output_that_a_full_disk_does_not_take_is_a_failure(words: list[str]) ->
     ("words", "status"), [("--version >&-", 0), ("show 2>&-", 3), ("show <&- >&- 2>&-", 3)]
 )
 def test_a_process_may_be_started_without_streams(words: str, status: int) -> None:
-    """The usage of a command was a traceback, and files got the messages of native code."""
+    """The usage of a command used to be a traceback, and files received the messages of native code."""
     done = subprocess.run(["/bin/sh", "-c", f"exec {sys.executable} -m pipeline {words}"], timeout=60)
     assert done.returncode == status
 
@@ -80,9 +80,9 @@ def test_a_process_may_be_started_without_streams(words: str, status: int) -> No
 def test_a_plan_that_a_full_disk_does_not_take_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, words: str, status: int
 ) -> None:
-    """`blip2 plan --json > plan.json` on a full disk left an empty file, and its exit status was 0.
+    """On a full disk, `blip2 plan --json > plan.json` used to leave an empty file and exit with 0.
 
-    What a job makes is in its output. That of `demo`, of a submitted plan, and of --no-wait is printed.
+    A job's results are in its output. Those of `demo`, of a submitted plan, and of --no-wait are printed.
     """
     monkeypatch.setattr(writing, "_lost", OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(Command, "load", lambda command: lambda settings: 0)

@@ -1,4 +1,4 @@
-"""What cannot work is refused before Ray starts: one sentence that says what to do, and exit status 3."""
+"""What cannot work is refused before Ray starts: one sentence with a remedy, and exit status 3."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ from tests.integration.inputs import png, write_tar
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """Run the caption command, which must be refused, and return what it printed."""
+    """Run the caption command, which must be refused, and return its output."""
 
     def run(engine=None, **changes) -> str:
         write_tar(tmp_path / "in" / "a.tar", {"x": png(0)})
@@ -46,7 +46,7 @@ def refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EDQUOT, errno.EROFS])
 def test_an_error_of_a_disk_says_what_to_do(number, capsys, monkeypatch):
-    """Every command that writes ended with "[Errno 28] No space left on device" alone."""
+    """Every command that writes used to end with "[Errno 28] No space left on device" alone."""
 
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number))
@@ -76,7 +76,7 @@ def test_unknown_model_folder(tmp_path, capsys):
 
 
 def test_a_refused_job_of_a_cluster_says_so_in_its_output_and_claims_nothing(tmp_path, refused, monkeypatch):
-    """A RayJob has a cluster for each try, and the log of a try goes with it."""
+    """A RayJob has a cluster for each attempt, and the log of an attempt is lost with it."""
     folder = Folder(str(tmp_path / "out"))
     refused(reading=ReadOptions(image_column="jpg"))
     assert not (tmp_path / "out").exists(), "of a person at a terminal"
@@ -99,14 +99,14 @@ def test_a_refusal_of_a_setting_names_its_flag_and_leaves_paths_alone(tmp_path, 
 
 
 def test_a_prompt_that_the_model_cannot_take(refused):
-    """Every single row would be refused, after a cluster has started for it."""
+    """Every row would be refused, but only after a cluster has started for it."""
     assert "prompt must be servable" in refused(prompt="unservable")
     assert "prompt must be servable" in refused(outputs=Outputs(ask=("what=unservable",)))
 
 
 @pytest.mark.parametrize("command", ["caption", "plan"])
 def test_a_missing_input_is_said_before_the_model_is_looked_at(command, tmp_path, capsys, monkeypatch):
-    """The imports of the model took seconds, and without the hub the input was not named."""
+    """Importing the model used to take seconds, and without the hub the input was not named."""
 
     def info(config: EngineConfig) -> ModelInfo:
         raise ValueError("the model was looked at")
@@ -167,7 +167,7 @@ def test_an_output_that_was_begun_with_other_settings(refused, tmp_path):
     ],
 )
 def test_every_command_refuses_before_work(arguments, tmp_path, capsys):
-    """Each of them exited with 1, which says that the same command may help."""
+    """Each of them used to exit with 1, which means that the same command may succeed later."""
     (tmp_path / "mine").write_text("a file that no command has written")
     assert main(arguments.format(*[tmp_path] * 3).split()) == 3
     assert not ray.is_initialized()
@@ -228,7 +228,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_the_table_of_exit_statuses_is_frozen():
-    """Scripts and schedulers decide by these numbers."""
+    """Scripts and schedulers depend on these numbers."""
     assert {status.name: status.value for status in ExitStatus} == {
         "DONE": 0,
         "FAILED": 1,

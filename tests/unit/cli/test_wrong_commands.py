@@ -1,6 +1,6 @@
-"""What a person sees who types a wrong command: the first line, which must say what to type.
+"""The first line after a wrong command must say what to type instead.
 
-The table is tests/unit/cli/wrong_commands.txt: a command, and below it the wanted first line.
+The table is tests/unit/cli/wrong_commands.txt: a command, and below it the expected first line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def test_a_folder_in_place_of_a_command(tmp_path, capsys) -> None:
 
 
 def test_advice_names_flags_and_commands_that_exist() -> None:
-    """Advice whose flags no command has would never be given, and nobody would see that it is out of date."""
+    """Advice for flags that no command has would never be given, and nobody would notice it."""
     flags = [{*flags_of(name), "--log-level"} for name in commands()]
     for advice in _HABITS:
         assert any(set(_FLAG.findall(advice)) <= known for known in flags), advice

@@ -1,4 +1,4 @@
-"""`blip2 calibrate` on outputs that are written without Ray: from rows whose truth is known to a file."""
+"""`blip2 calibrate` on outputs written without Ray, from rows whose truth is known."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARTS = {
 
 
 def rows_of_a_run(number: int = 400) -> list[dict[str, Any]]:
-    """Return rows of which the probable ones are right, and some that must not count."""
+    """Return rows of which the likely ones are right, and some rows that must not count."""
     random = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     for n in range(number):

@@ -80,7 +80,7 @@ def pairs_of(before: str, after: str) -> tuple[set[tuple[str, str]], Join]:
 
 
 def test_rows_are_joined_by_key_and_image(tmp_path):
-    """Also across shards with other names and orders; a key alone is not enough."""
+    """This holds across shards with other names and orders; a key alone is not enough."""
     before = write_output(
         tmp_path / "a",
         {"0.tar": [ok("same", "a1"), ok("moved", "a2"), ok("other", "a3", "x")], "1.tar": [ok("gone", "a4")]},
@@ -104,7 +104,7 @@ def test_keys_that_repeat_find_their_own_partner(tmp_path):
 
 
 def test_no_row_takes_the_partner_of_a_later_one(tmp_path):
-    """A run over two tables without keys had no row in common with a run over the second of them."""
+    """A run over two tables without keys used to share no row with a run over the second of them."""
     both = {
         "p1": [ok("0", "a1", "i1"), ok("1", "a2", "i2")],
         "p2": [ok("0", "a3", "i3"), ok("1", "a4", "i4")],
@@ -125,10 +125,10 @@ def test_many_files_with_the_same_keys_are_joined_in_linear_time():
     """Tables without a key column number their rows, so a key is in each file."""
     rows = [{"key": "0", "shard": f"{n}", "sha256": b"%d" % n} for n in range(6_000)]
     start = time.process_time()
-    nothing: Any = None  # The outputs are not read.
+    nothing: Any = None  # the outputs are not read
     pairs = list(Join(nothing, nothing, 0, [])._match(rows, list(rows)))
     assert len(pairs) == 6_000 and all(pair.before is pair.after for pair in pairs)
-    assert time.process_time() - start < 1  # 3 s if each row is compared with all others
+    assert time.process_time() - start < 1  # comparing each row with all others takes 3 s
 
 
 def test_a_row_without_image_is_joined_by_its_key(tmp_path):
@@ -150,7 +150,7 @@ def test_a_join_in_many_parts_finds_the_same(tmp_path, monkeypatch):
 
 
 def test_a_join_of_a_billion_rows_opens_no_more_files_than_a_process_may(tmp_path, monkeypatch):
-    """Each part was a file that stayed open: "Too many open files", from a hundred million rows on."""
+    """Each part used to be an open file: "Too many open files" from a hundred million rows on."""
     found = write_output(tmp_path / "a", {"0.tar": [ok(f"k{n}", "a cat") for n in range(1_500)]})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
@@ -226,7 +226,7 @@ def test_a_diff_marks_what_the_other_text_lacks():
 
 
 def test_metrics_are_those_of_the_official_evaluation():
-    """Computed once with the scorers of pycocoevalcap 1.2 on the same words."""
+    """The expected values come from the scorers of pycocoevalcap 1.2 on the same words."""
     found = compare_scores(BEFORE, AFTER, REFERENCES)
     assert found["CIDEr"].before == pytest.approx(3.8912167602)
     assert found["CIDEr"].after == pytest.approx(5.3706299719)
@@ -310,7 +310,7 @@ def test_an_output_without_rows_is_compared(tmp_path, capsys):
 
 
 def test_runs_over_other_images_are_named(tmp_path, capsys):
-    """The only lines were counts of zero, as for runs without a change."""
+    """The output used to be only counts of zero, as for runs without a change."""
     before = write_output(tmp_path / "a", {"0.tar": [ok("a", "a cat")]})
     after = write_output(tmp_path / "b", {"0.tar": [ok("b", "a cat")]})
     assert main(["compare", before, after]) == 0
@@ -318,7 +318,7 @@ def test_runs_over_other_images_are_named(tmp_path, capsys):
 
 
 def test_a_run_that_is_not_finished_says_so(tmp_path, capsys):
-    """Its other rows were "only in B", without a reason."""
+    """Its unfinished rows used to be "only in B", without a reason."""
     rows = {"0.tar": [ok("a", "a cat")], "1.tar": [ok("b", "a dog")]}
     before, after = (write_output(tmp_path / name, rows) for name in "ab")
     (tmp_path / "a" / "1.tar.parquet").unlink()
@@ -329,14 +329,14 @@ def test_a_run_that_is_not_finished_says_so(tmp_path, capsys):
 
 
 def test_plain_files_are_compared_whatever_types_their_writer_has_chosen(tmp_path, capsys):
-    """pandas writes a column without values as null: the second file did not fit into the first one's."""
+    """pandas writes a column without values as null, so the second file used not to fit the first one's."""
     numbers: dict[str, Any] = {"shard": "s", "row": 0, "key": "a"}
     rows = [ok("a", "a cat") | numbers | {"error": None}, failed("b") | numbers | {"key": "b"}]
     rows[1] |= {"caption": None, "sha256": None, "width": None, "height": None}
     for name, order in {"before": rows, "after": rows[::-1]}.items():
         (tmp_path / name).mkdir()
         for number, row in enumerate(order):
-            own = {"id": "x" if number else 1}  # which is not compared
+            own = {"id": "x" if number else 1}  # not compared
             pq.write_table(pa.Table.from_pylist([row | own]), tmp_path / name / f"{number}.parquet")
     command = ["compare", str(tmp_path / "before"), str(tmp_path / "after")]
     assert main(command) == 0

@@ -1,4 +1,4 @@
-"""A confidence is a probability: of captions with 0.8, eight of ten must be right."""
+"""A confidence is a probability: of the captions with 0.8, eight of ten must be right."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_too_little_to_fit_on_is_refused(number: int, is_right: list[bool]):
 
 @pytest.mark.parametrize("logprob", [None, math.nan, -math.inf])
 def test_a_caption_without_a_log_probability_is_refused(logprob: float):
-    """None was a TypeError, and of NaN the message said to fit again."""
+    """None used to raise TypeError, and for NaN the message said to fit again."""
     texts, right = drawn(60)
     with pytest.raises(ValueError, match=f"log-probabilities, got {logprob} at index 60; leave out"):
         fit_calibration([*texts, (logprob, 5)], [*right, True], {"model": "m"})
@@ -170,7 +170,7 @@ def test_only_a_confidence_below_the_limit_abstains():
 
 
 def test_a_file_in_a_bucket_is_read_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The gateways of an endpoint on a cluster have no common disk."""
+    """The gateways of an endpoint on a cluster share no disk."""
     fit(200).save(tmp_path / "c.json")
     fsspec.filesystem("memory").pipe("/calibrations/c.json", (tmp_path / "c.json").read_bytes())
     assert Calibration.load("memory://calibrations/c.json") == Calibration.load(tmp_path / "c.json")

@@ -1,4 +1,4 @@
-"""The column `confidence`, and the flag of captions below the limit: only with a calibration."""
+"""The column `confidence` and the flag of captions below the limit exist only with a calibration."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def finished_run(tmp_path: Path, **changes) -> Path:
 
 
 def test_a_retry_scores_as_the_run_did_and_is_told_where_the_file_is_now(tmp_path, calibration):
-    """A run whose file had been moved, or whose URI held a password, could not be retried."""
+    """If its file had been moved, or its URI held a password, a run could not be retried."""
     output = str(finished_run(tmp_path))
 
     def scored_with(**values) -> tuple[str, float]:
@@ -169,7 +169,7 @@ def test_settings_that_contradict_each_other_are_refused(values, message):
 
 
 def test_a_run_without_a_calibration_may_keep_a_column_of_that_name(tmp_path, calibration):
-    """Runs that were begun before have such columns, and resume."""
+    """Earlier runs have such columns, and must resume."""
     reading = ReadOptions(keep=("confidence",))
     CaptionSettings(input=("in",), output="out", reading=reading)
     with pytest.raises(ValueError, match="calibration adds the column confidence, which is there already"):
@@ -177,7 +177,7 @@ def test_a_run_without_a_calibration_may_keep_a_column_of_that_name(tmp_path, ca
 
 
 def test_a_regenerated_caption_has_no_confidence(tmp_path, calibration):
-    """It was made with other options than those of the calibration."""
+    """It was generated with other options than the calibrated captions."""
     outputs = Outputs(calibration=str(tmp_path / "c.json"), min_confidence=0.5, regenerate=True)
     stage = CaptionStage(settings(tmp_path, outputs=outputs, prompt="a photo of").spec(FakeEngineConfig()))
     (row,) = stage(decoded([pixels_of(1)])).to_pylist()

@@ -1,4 +1,4 @@
-"""What `blip2 demo` says of an output."""
+"""The summary that `blip2 demo` prints of an output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.progress import Console
 
 
 def test_a_row_that_is_missing_is_counted_and_not_shown():
-    """The demo ended with a KeyError, and did not say which row was missing."""
+    """The demo used to end with a KeyError, without naming the missing row."""
     truth = {key: Expected(status=Status.OK, caption="a dot") for key in ("a", "b")}
     rows = {"a": {"caption": "a dot", "status": "ok"}}
     said = io.StringIO()

@@ -81,7 +81,7 @@ def test_equal_seeds_write_equal_files(dataset, tmp_path: Path) -> None:
 
 
 def test_each_folder_of_inputs_is_an_input_by_itself(dataset) -> None:
-    """Tars and a table lay in one folder, which `blip2 caption` and `blip2 plan` refuse."""
+    """Tars and a table used to share one folder, which `blip2 caption` and `blip2 plan` refuse."""
     folder, _ = dataset
     formats = [{shard.format for shard in list_shards(str(folder / name))} for name in INPUTS]
     assert formats == [{"webdataset"}, {"parquet"}]

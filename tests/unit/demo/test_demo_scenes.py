@@ -1,4 +1,4 @@
-"""The drawn scenes: if a picture had another correct caption, the measured accuracy would mean nothing."""
+"""The drawn scenes: if a picture had a second correct caption, the measured accuracy would mean nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_training_stream_holds_neither_unseen_pairs_nor_held_out_captions() -> N
     assert not UNSEEN_PAIRS.intersection(thing for caption in drawn for thing in caption.things)
     held_out = {str(c) for c in all_captions() if c.split == "held_out"}
     assert held_out.isdisjoint(map(str, drawn))
-    # Every other pair occurs; otherwise it would be unseen too.
+    # Every other pair occurs, or it would be unseen too.
     assert len({thing for caption in drawn for thing in caption.things}) == len(COLORS) * len(SHAPES) - len(
         UNSEEN_PAIRS
     )
@@ -83,7 +83,7 @@ def test_objects_are_inside_the_image() -> None:
 
 
 def test_picture_shows_what_the_caption_says() -> None:
-    """The model would learn swapped colors or swapped channels without any error."""
+    """The model would learn swapped colors or channels without any error."""
     scenes = SceneSampler("train", seed=5).sample(300)
     images = draw(scenes, IMAGE_SIDE_PX).astype(int)
     for image, caption, centers in zip(images, scenes.captions, scenes.centers, strict=True):

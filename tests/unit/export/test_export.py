@@ -1,4 +1,4 @@
-"""`blip2 export`: what is written is read back by other programs, row for row."""
+"""`blip2 export`: other programs read back what it writes, row for row."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FAILED = (2, 5)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
-    """A run over two tars of seven rows, of which two have failed, and its rows."""
+    """A run over two tars of seven rows, two of which failed, and its rows."""
     root = tmp_path_factory.mktemp("run")
     write_tars(root / "in", 2, 7)
     return root / "out", write_run(root / "in", root / "out", FAILED)
@@ -56,7 +56,7 @@ def exported(output: Path, to: str, into: Path) -> Path:
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every visible file of an export with its inode and its content."""
+    """Return every visible file of an export with its inode and content."""
     files = (path for path in folder.rglob("*") if path.is_file() and ".blip2_export" not in path.parts)
     return {str(path.relative_to(folder)): (path.stat().st_ino, path.read_bytes()) for path in files}
 
@@ -107,7 +107,7 @@ def test_csv(run, tmp_path):
 
 @pytest.mark.parametrize("type", [pa.binary(), pa.large_binary(), pa.binary(2)])
 def test_bytes_of_any_kind_are_hexadecimal_in_csv(tmp_path, type):
-    """Polars writes large binary: its bytes went into the file as text, or the export failed."""
+    """Polars writes large binary: its bytes used to be written as text, or the export failed."""
     write_tars(tmp_path / "in", 1, 2)
     write_run(tmp_path / "in", tmp_path / "out")
     (path,) = (tmp_path / "out").rglob("*.parquet")
@@ -128,7 +128,7 @@ def test_text_has_a_line_per_row(run, tmp_path):
 
 
 def test_a_run_without_captions_is_no_text(tmp_path, capsys):
-    """It was a KeyError with its traceback, after the folder had been made."""
+    """It used to be a KeyError with a traceback, after the folder had been created."""
     write_tars(tmp_path / "in", 1, 2)
     write_run(tmp_path / "in", tmp_path / "out")
     (path,) = (tmp_path / "out").rglob("*.parquet")
@@ -225,13 +225,13 @@ def test_keys_are_safe_paths_with_one_dot_less(key, expected):
     ],
 )
 def test_an_image_without_an_ending_gets_that_of_its_content(format, ending):
-    """JPEG 2000 was exported as .jpg, which few programs open."""
+    """JPEG 2000 used to be exported as .jpg, which few programs open."""
     Image.new("RGB", (64, 64), "red").save(file := io.BytesIO(), format)
     assert extension_of("17", file.getvalue()) == ending
 
 
 def test_an_image_that_was_decoded_has_an_ending_though_few_others_have_its_first_bytes():
-    """A BMP with something in its reserved bytes was exported as .jpg."""
+    """A BMP with data in its reserved bytes used to be exported as .jpg."""
     Image.new("RGB", (64, 64), "red").save(file := io.BytesIO(), "BMP")
     odd = file.getvalue()[:6] + b"\1\2\3\4" + file.getvalue()[10:]
     assert Image.open(io.BytesIO(odd)).size == (64, 64)
@@ -241,7 +241,7 @@ def test_an_image_that_was_decoded_has_an_ending_though_few_others_have_its_firs
 
 
 def test_no_two_samples_of_a_tar_have_one_key(tmp_path):
-    """The number that told a.jpg from a.png made it a_1, which was the key of the next."""
+    """The number that told a.jpg from a.png used to make it a_1, the key of the next one."""
     (tmp_path / "in").mkdir()
     names = ["a.bmp", "a.jpg", "a.png", "a_1.jpg", "a_1.png", "b.png"]
     for seed, name in enumerate(names):
@@ -255,7 +255,7 @@ def test_no_two_samples_of_a_tar_have_one_key(tmp_path):
 
 
 def test_kept_columns_of_an_image_folder_name_no_files(tmp_path):
-    """A kept column file_name replaced the one of the image, and `datasets` opened what others name."""
+    """A kept column file_name used to replace the image's, and `datasets` opened what others name."""
     import datasets
 
     (tmp_path / "part").mkdir()
@@ -290,7 +290,7 @@ def test_images_of_folders_and_tables(tmp_path, monkeypatch, kind):
 
     monkeypatch.setattr(images_of_rows, "read_images", note)
     into = exported(tmp_path / "out", "webdataset", tmp_path / "made")
-    # The images of failed rows were fetched again, for a minute each if their server was down.
+    # The images of failed rows used to be fetched again, for a minute each if their server was down.
     assert [work.missing for work in asked] == [((0, 1), (2, 3))]
     (tar,) = state_of(into)
     samples = read_webdataset(into / tar)
@@ -300,7 +300,7 @@ def test_images_of_folders_and_tables(tmp_path, monkeypatch, kind):
 
 @pytest.mark.parametrize("to", ["imagefolder", "webdataset"])
 def test_kept_columns_of_view_types(tmp_path, to):
-    """Arrow cannot filter them: the export ended in its middle."""
+    """Arrow cannot filter them, so the export used to fail halfway."""
     write_tars(tmp_path / "in", 1, 3)
     write_run(tmp_path / "in", tmp_path / "out", failed=(1,))
     (path,) = (tmp_path / "out").rglob("*.parquet")
@@ -340,7 +340,7 @@ def test_an_export_goes_on_and_writes_again_what_a_retry_has_changed(tmp_path, c
 
 @pytest.mark.parametrize("to", ["jsonl", "imagefolder", "webdataset"])
 def test_what_was_written_of_a_shard_that_the_run_no_longer_has_is_deleted(tmp_path, to):
-    """A table that was made again in other parts left its old parts in the export, next to the new ones."""
+    """A table that was divided differently used to leave its old parts in the export next to the new ones."""
     write_tars(tmp_path / "in", 3, 2)
     write_run(tmp_path / "in", tmp_path / "out")
     into = exported(tmp_path / "out", to, tmp_path / "made")
@@ -357,7 +357,7 @@ def test_what_was_written_of_a_shard_that_the_run_no_longer_has_is_deleted(tmp_p
 
 
 def test_an_export_that_was_killed_as_it_began_goes_on(tmp_path):
-    """The next one was refused, because the folder held something."""
+    """The next export used to be refused because the folder was not empty."""
     write_tars(tmp_path / "in", 1, 2)
     write_run(tmp_path / "in", tmp_path / "out")
     (tmp_path / "made/.blip2_export").mkdir(parents=True)
@@ -366,7 +366,7 @@ def test_an_export_that_was_killed_as_it_began_goes_on(tmp_path):
 
 
 def test_what_a_killed_export_had_just_written_is_deleted_with_its_shard(tmp_path, monkeypatch):
-    """Of a file that it had not noted yet nothing was known, and it stayed for good."""
+    """A file that it had not yet recorded used to be unknown, and stayed for good."""
     write_tars(tmp_path / "in", 2, 2)
     write_run(tmp_path / "in", tmp_path / "out")
 
@@ -385,7 +385,7 @@ def test_what_a_killed_export_had_just_written_is_deleted_with_its_shard(tmp_pat
 
 
 def test_an_input_folder_may_be_named_as_the_state_of_a_shard(tmp_path):
-    """It was taken for a shard x that the run no longer has, and the export of x/ was deleted."""
+    """It used to be taken for a shard x that the run no longer has, and the export of x/ was deleted."""
     write_tars(tmp_path / "in", 2, 2)
     for old, new in {"part0": "x", "part1": "x.json"}.items():
         (tmp_path / "in" / old).rename(tmp_path / "in" / new)
@@ -400,7 +400,7 @@ def test_an_input_folder_may_be_named_as_the_state_of_a_shard(tmp_path):
 
 @pytest.mark.parametrize("to", ["imagefolder", "webdataset"])
 def test_an_image_that_has_changed_is_refused(tmp_path, capsys, to):
-    """Its caption must not stand next to another image."""
+    """Its caption must not be exported with another image."""
     write_tars(tmp_path / "in", 2, 3)
     write_run(tmp_path / "in", tmp_path / "out")
     path = tmp_path / "in" / "part1" / "00001.tar"
@@ -416,7 +416,7 @@ def test_an_image_that_has_changed_is_refused(tmp_path, capsys, to):
 
 @pytest.mark.parametrize("to", ["imagefolder", "webdataset"])
 def test_an_image_that_has_changed_without_a_trace_is_left_out(tmp_path, capsys, to):
-    """Size and time of the tar are the same: only the digest of the row tells."""
+    """Size and time of the tar are the same: only the row's digest tells."""
     write_tars(tmp_path / "in", 2, 3)
     write_run(tmp_path / "in", tmp_path / "out")
     path = tmp_path / "in" / "part1" / "00001.tar"
@@ -432,7 +432,7 @@ def test_an_image_that_has_changed_without_a_trace_is_left_out(tmp_path, capsys,
 
 @pytest.mark.parametrize("to", ["imagefolder", "webdataset"])
 def test_images_that_vanish_cost_their_rows_and_come_with_the_next_export(tmp_path, capsys, monkeypatch, to):
-    """One of them ended the whole export."""
+    """One of them used to end the whole export."""
     write_tars(tmp_path / "in", 2, 3)
     write_run(tmp_path / "in", tmp_path / "out")
     monkeypatch.setattr("pipeline.export.export.require_same_input", lambda *_: None)
@@ -510,7 +510,7 @@ def test_a_whole_export_needs_no_ray(run, tmp_path):
 
 
 def test_two_shards_of_one_name_are_refused(run, tmp_path, monkeypatch, capsys):
-    """The second one replaced the first: its rows were in no file. `--format webdataset` reads both."""
+    """The second one used to replace the first, whose rows were lost. `--format webdataset` reads both."""
     with monkeypatch.context() as patch:
         patch.setattr(Destination, "name_of", lambda self, shard: "one")
         assert export(run[0], "csv", tmp_path / "into") == 3

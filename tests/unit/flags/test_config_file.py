@@ -1,4 +1,4 @@
-"""A configuration file gives flags: the same names, the same types, the same messages."""
+"""A configuration file sets flags: the same names, types and messages."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_printed_settings_give_the_same_settings_again(file: Path, tmp_path: Pat
 
 
 def test_defaults_are_printed_as_comments() -> None:
-    """As values they would overrule what a checkpoint says about generation."""
+    """As values they would override the checkpoint's own settings of generation."""
     given = make_parser().parse_args(["a"])
     lines = list(settings_as_toml("run", effective_settings(given, Settings)))
     assert tomllib.loads("\n".join(lines)) == {"run": {"input": ["a"]}}

@@ -1,4 +1,4 @@
-"""Flags from dataclasses: what is required, and names that have changed."""
+"""Flags made from dataclasses: which are required, and renamed ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_parser() -> Parser:
 
 
 def test_help_shows_which_flags_are_required(capsys) -> None:
-    """The parser checks them itself, so argparse showed all flags in brackets."""
+    """The parser itself checks required flags, so argparse used to show all flags in brackets."""
     with pytest.raises(SystemExit):
         make_parser().parse_args(["--help"])
     usage = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""URIs in settings: what cannot be taken apart is refused with its name, and without its secrets."""
+"""URIs in settings: one that cannot be parsed is refused by name, without its secrets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip2_actor.flags import split_uri
     ],
 )
 def test_a_uri_that_cannot_be_taken_apart_is_refused_by_name(uri, shown):
-    """It was "Invalid IPv6 URL", and nothing else."""
+    """The message used to be "Invalid IPv6 URL" alone."""
     with pytest.raises(ValueError, match=r"^model must be a URI whose host can be read, got ") as refusal:
         split_uri("model", uri)
     assert f"got {shown}; write %5B for [" in str(refusal.value)

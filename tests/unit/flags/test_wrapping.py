@@ -1,4 +1,4 @@
-"""Sentences break at words in a terminal; what somebody pastes from them must stay in one piece."""
+"""Sentences are wrapped at words in a terminal, but text to be pasted must stay in one piece."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver of a cluster does not caption: what its own device is must not decide anything."""
+"""The driver of a cluster does not caption, so its own device must not decide anything."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ AUTO = FakeEngineConfig(dtype="auto")
     ("device", "dtype"), [("cuda", "float16"), ("cuda:3", "bfloat16"), ("auto", "float16")]
 )
 def test_a_driver_without_the_device_describes_the_model(device: str, dtype: str) -> None:
-    """`--dtype float16` and `--device cuda` were refused, because the head has no GPU."""
+    """`--dtype float16` and `--device cuda` used to be refused because the head has no GPU."""
     info = describe_without_device(EngineConfig(model="demo", device=device, dtype=dtype))  # type: ignore[arg-type]
     assert info.dtype == dtype and info.digest == EngineConfig(model="demo").info().digest
 
 
 def test_a_resume_takes_the_recorded_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was refused on a machine whose device computes in another dtype, and asked a whole GPU first."""
+    """It used to be refused on a machine with another dtype, and to reserve a whole GPU first."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
     settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"))
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
@@ -67,7 +67,7 @@ def test_a_fork_of_another_dtype_is_found_again(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("fork", [False, True])
 def test_a_slow_start_keeps_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: bool) -> None:
-    """A time comes nearer while the job is prepared, and what was in time at first was refused."""
+    """Preparation takes time, so a deadline that could be met at first used to be refused."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
     settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"))
     if fork:
@@ -96,7 +96,7 @@ CHOICE = QuantizationChoice(
 
 
 def test_all_workers_and_a_resume_quantize_what_the_first_worker_has_chosen(tmp_path: Path) -> None:
-    """Each worker measured by itself, and the rows of one output were of several precisions."""
+    """Each worker used to measure by itself, so one output had rows of several precisions."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
     engine = EngineConfig(model="demo", device="cpu", dtype="float32", quantize="int8")
     settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), engine=engine)

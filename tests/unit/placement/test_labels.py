@@ -1,4 +1,4 @@
-"""Selectors with operators were taken for the names of labels: no node of a cluster seemed to read."""
+"""Selectors with operators used to be read as names of labels: no node of a cluster seemed to match."""
 
 from __future__ import annotations
 

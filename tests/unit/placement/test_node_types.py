@@ -1,4 +1,4 @@
-"""What the autoscaler may start: read wrong, a job is refused that could run, or waits for ever."""
+"""The node types that the autoscaler may start: if misread, a job is refused that could run, or hangs."""
 
 from __future__ import annotations
 

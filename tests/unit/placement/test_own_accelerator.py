@@ -1,4 +1,4 @@
-"""An accelerator that torch cannot use: the engine computed on the CPU next to it, without a word."""
+"""With an accelerator that torch cannot use, the engine used to compute silently on the CPU next to it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_message_names_driver_build_and_remedy(
 
 
 def test_an_engine_on_half_a_gpu_takes_half_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two engines on one GPU each took all that was free, and the second ran out of memory."""
+    """Two engines on one GPU each used to take all that was free, so the second ran out of memory."""
     fractions: dict[Any, float] = {}
     gib = 1 << 30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,4 +1,4 @@
-"""Reservations: stages that do not fit together wait forever; what is fixed at the start never grows."""
+"""Reservations: stages that do not fit together wait forever; numbers fixed at the start never grow."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_one_of_each_stage_fits_at_the_same_time(cpus, gpus, max_actors, is_loca
 
 @pytest.mark.parametrize("cpus", [1, 2, 4, 16])
 def test_captioning_on_the_cpus_of_a_cluster_has_an_actor_on_each_node(cpus):
-    """It had one actor, however many nodes there were."""
+    """It used to have one actor, however many nodes there were."""
     needs = placed(Cluster((Node({"CPU": cpus}),) * 3, is_local=False), ON_CPU)
     assert needs.max_actors is None and not needs.caption.accelerators
     assert cpus / 2 < needs.caption.num_cpus < cpus
@@ -56,7 +56,7 @@ def test_captioning_on_the_cpus_of_a_cluster_has_an_actor_on_each_node(cpus):
 
 
 def test_accelerators_that_do_not_run_yet_are_asked_for():
-    """The job captioned on CPUs to its end, because no accelerator ran when it started."""
+    """The job used to caption on CPUs to its end, because no accelerator ran when it started."""
     needs = placed(GROWING)
     assert needs.caption.options["num_gpus"] == 1
     assert (needs.min_actors, needs.max_actors) == (8, None)
@@ -65,7 +65,7 @@ def test_accelerators_that_do_not_run_yet_are_asked_for():
 
 
 def test_no_more_actors_are_asked_for_than_all_types_together_may_get_nodes():
-    """Each type alone may have all of them: the job waited for actors that no node would ever take."""
+    """Each type alone may get all of them: the job used to wait for actors that no node would ever take."""
     spot = NodeType("spot", 8, {"CPU": 8.0, "GPU": 1.0}, max_of_all=10)
     large = NodeType("large", 4, {"CPU": 8.0, "GPU": 2.0}, max_of_all=10)
     cpus = NodeType("cpu", 10, {"CPU": 16.0}, max_of_all=10)
@@ -81,7 +81,7 @@ def test_nothing_is_sized_by_the_empty_cluster():
     ("num_mib", "num_workers"), [(0, 1), (15, 1), (40, 3), (1000, 4), (None, 4)], ids=str
 )
 def test_a_small_input_gets_few_processes_on_one_machine(num_mib, num_workers):
-    """Each was a second of CPU time, for twenty images."""
+    """Each used to cost a second of CPU time, for twenty images."""
     num_bytes = None if num_mib is None else num_mib << 20
     needs = reserve(Placement(max_decode_actors=4), machine(4), ON_CPU, 100, num_bytes)
     assert (needs.max_open_shards, needs.max_decode_actors) == (num_workers, num_workers)
@@ -112,7 +112,7 @@ def test_one_machine_takes_what_it_has():
 
 
 def test_device_cpu_takes_no_accelerator():
-    """Actors took GPUs and left them idle."""
+    """Actors used to reserve GPUs and leave them idle."""
     caption = placed(machine(4, 2), ON_CPU).caption
     assert not caption.accelerators and str(caption) == f"{caption.num_cpus:g} CPU"
 
@@ -160,7 +160,7 @@ def test_a_number_of_actors_shares_the_cores_of_all_nodes(max_actors, num_thread
 
 
 def test_each_stage_is_sized_by_the_nodes_that_its_labels_choose():
-    """It was sized by the largest node of all, on whichever nodes it was to run: it waited for ever."""
+    """It used to be sized by the largest node, although it ran on others, and waited forever."""
     on_cpus = placed(GROWING, ON_CPU, caption_label=("pool=accelerator",))
     assert on_cpus.caption.num_cpus < 8 and on_cpus.num_threads == 8
     small = Node({"CPU": 2.0, "GPU": 2.0, "accelerator_type:L4": 1.0}, {"pool": "small"})
@@ -177,7 +177,7 @@ def test_each_stage_is_sized_by_the_nodes_that_its_labels_choose():
 @pytest.mark.parametrize("stage", ["caption", "decode", "read"])
 @pytest.mark.parametrize("cluster", [GROWING, CPUS_ONLY, machine(4)], ids=["growing", "fixed", "local"])
 def test_a_label_that_no_node_has_is_refused_for_every_stage(cluster, stage):
-    """Only that of an accelerator was: the job started accelerators, and waited for ever."""
+    """Only an accelerator's label used to be checked: the job started accelerators, and waited forever."""
     labels: dict[str, Any] = {f"{stage}_label": ("pool=cpuu",)}
     with pytest.raises(RefusedByCluster, match=rf"pool=cpuu, and no node offers it: .*--{stage}-label"):
         placed(cluster, ON_CPU, **labels)
@@ -185,7 +185,7 @@ def test_a_label_that_no_node_has_is_refused_for_every_stage(cluster, stage):
 
 
 def test_labels_that_a_platform_does_not_report_may_be_there():
-    """Its autoscaler tells the resources of its groups of nodes and no labels."""
+    """Its autoscaler reports the resources of its groups of nodes, but no labels."""
     cluster = Cluster((HEAD,), (NodeType("group", 4, {"CPU": 8.0}, None),), is_local=False)
     labels: dict[str, Any] = {f"{stage}_label": ("pool=cpu",) for stage in ("caption", "decode", "read")}
     assert placed(cluster, ON_CPU, **labels).num_threads == 8
@@ -206,7 +206,7 @@ def test_a_node_that_is_alive_may_have_more_than_its_type_says():
 
 @dataclass(frozen=True)
 class NoDevice:
-    """An engine that has no device to choose."""
+    """An engine whose device cannot be chosen."""
 
 
 def test_an_engine_without_a_device_takes_what_is_there():
@@ -228,7 +228,7 @@ def test_the_engine_is_told_its_device_and_threads_on_cpus():
 
 
 def test_the_smallest_store_of_a_worker_holds_many_blocks():
-    """Twelve blocks under way filled a store of 100 MiB, and Ray wrote a seventh of the pixels to disk."""
+    """Twelve blocks in progress used to fill a store of 100 MiB, and Ray spilled a seventh of the pixels."""
     stores = [
         {"CPU": cpus, "object_store_memory": mib * 2.0**20} for cpus, mib in [(0, 10), (2, 320), (2, 96)]
     ]

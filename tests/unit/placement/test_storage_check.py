@@ -1,4 +1,4 @@
-"""Paths that nodes do not share: everything was captioned and lost, or empty shards counted as finished."""
+"""Paths that nodes do not share: all captions used to be lost, or empty shards counted as finished."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_input_is_missed_only_if_no_file_opens(tmp_path: Path, shards: list[S
 def test_a_relative_path_in_a_submitted_job_is_refused(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The job "succeeded", with the only copy of its output in Ray's package cache on the head."""
+    """The job used to "succeed", with the only copy of its output in Ray's package cache on the head."""
     places = {"input": (str(tmp_path / "in"),), "output": str(tmp_path / "out")}
     places[field] = ("in",) if field == "input" else "out"
     monkeypatch.setenv(SUBMITTED, "{}")

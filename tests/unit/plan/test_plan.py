@@ -53,14 +53,14 @@ from pipeline.storage.folder import Folder
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
 
 SLACK = 2.5
-"""Factor by which a measured time may be too long, because the machine has other work too."""
+"""Factor by which a measured time may be too long, because the machine does other work too."""
 
 
 KEYS_OF_JSON = {
     "input": {"num_shards", "num_bytes", "num_rows", "least_rows", "most_rows", "is_counted"},
     "prediction": {"stages", "actor_s", "cpus_per_actor", "here_s", "bottleneck"},
 }
-"""Keys that programs may read since version 0.1.0."""
+"""Keys that programs may have read since version 0.1.0."""
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_the_prediction_is_what_the_engine_costs(tmp_path):
 
 
 def test_the_start_is_as_long_as_the_last_one_of_this_output(tmp_path):
-    """Ten seconds and the load of the model were assumed of a cluster whose nodes take minutes to come."""
+    """The plan used to assume ten seconds plus the model's load, even if nodes take minutes to start."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
     info = FakeEngineConfig().info()
     output = Folder(str(tmp_path / "out"))
@@ -160,7 +160,7 @@ def test_rows_of_tars_are_extrapolated_by_bytes(tmp_path, monkeypatch, ending):
 
 
 def test_empty_tars_are_the_sparsest(tmp_path, monkeypatch):
-    """They counted in the average and not in the bounds: about 8 rows were said to be 166 to 166."""
+    """They used to count in the average but not in the bounds: about 8 rows were said to be 166 to 166."""
     monkeypatch.setattr(size_estimate, "SCANNED_ROWS_PER_TAR", 2)
     for at, num_rows in enumerate([0, 0, 6]):
         write_tar(tmp_path / f"{at}.tar", {f"{row}": b"image" for row in range(num_rows)})
@@ -203,12 +203,12 @@ def test_the_cost_of_opening_a_file_is_not_shared_by_the_sampled_rows_alone(monk
     ]
     taken = take_sample(tars, ReadOptions(), 64)
     assert len(taken.rows) == 64 and len(taken.shards) == 16
-    # One read-ahead of 4 MiB has 64 rows of 64 KiB.
+    # one read-ahead of 4 MiB has 64 rows of 64 KiB
     assert taken.cost.wall_s == pytest.approx(1 / 64 + 0.001, rel=0.05)
 
 
 def test_the_settings_in_each_footer_count_as_bytes_of_the_output(tmp_path):
-    """Without them, the files of small shards were said to be half as large as they are."""
+    """Without these settings, files of small shards used to be estimated at half their size."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
     few = make_plan(settings(tmp_path / "in"), FakeEngineConfig())
     many = make_plan(settings(tmp_path / "in", include=("*.tar", "x" * 5000)), FakeEngineConfig())
@@ -216,7 +216,7 @@ def test_the_settings_in_each_footer_count_as_bytes_of_the_output(tmp_path):
 
 
 def test_a_fragment_of_large_rows_has_fewer_of_them(tmp_path, monkeypatch):
-    """With kept images of 5 MB, 512 rows had no room in an array, and the plan failed."""
+    """With kept images of 5 MB, an array has no room for 512 rows, so the plan used to fail."""
     written = []
     write = stage_costs.write_fragment
 
@@ -234,7 +234,7 @@ def test_a_fragment_of_large_rows_has_fewer_of_them(tmp_path, monkeypatch):
 
 
 def test_the_cost_of_a_file_is_shared_by_the_rows_of_a_fragment_and_not_of_the_sample(tmp_path, monkeypatch):
-    """With a slow store, writing was eight times too slow, and then the bottleneck."""
+    """With a slow store, writing used to be estimated eight times too slow, and then was the bottleneck."""
     commit = stage_costs.commit_shard
 
     def slow(*args, **options):
@@ -299,7 +299,7 @@ def test_what_would_stop_the_job_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 
 def test_writing_is_timed_in_the_output_and_leaves_nothing_there(tmp_path):
-    """A fragment that stays there would count as finished rows of a run."""
+    """A fragment left there would count as finished rows of a run."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
     output = tmp_path / "out"
     output.mkdir()
@@ -340,7 +340,7 @@ def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):
 
 
 def test_embed_and_score_are_planned_as_their_own_jobs(tmp_path, capsys):
-    """Planned as captions, they would take the time of a language model and the bytes of another output."""
+    """Planned as captions, they would have a language model's time and the bytes of another output."""
     table = pa.table({"image": [png(n) for n in range(6)], "alt": ["text"] * 6})
     pq.write_table(table, tmp_path / "a.parquet")
     input, engine = (str(tmp_path / "a.parquet"),), FakeEngineConfig(trace=str(tmp_path / "trace"))
@@ -398,7 +398,7 @@ def test_a_plan_says_what_quantization_changes(tmp_path, monkeypatch):
 
 
 def test_tensors_are_counted_once_and_those_without_memory_are_not():
-    """Compiling leaves fake ones behind, whose memory cannot be asked for."""
+    """Compiling leaves fake tensors behind, whose memory cannot be read."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -465,7 +465,7 @@ def test_a_price_gives_the_cost_of_the_input_and_of_a_million_rows(tmp_path, cap
     ],
 )
 def test_a_plan_says_whether_the_deadline_is_met(tmp_path, deadline, stage, said, meets):
-    """It took --deadline and did not look at it. A job stops 20 s before, and starts for 10 s."""
+    """A plan used to accept --deadline and ignore it. A job stops 20 s before it, and takes 10 s to start."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
     found = make_plan(settings(tmp_path / "in", deadline=deadline), FakeEngineConfig())
     costs = found.stage_costs.costs | {stage: Cost(wall_s=14.0 / 4, cpu_s=14.0)}
@@ -478,7 +478,7 @@ def test_a_plan_says_whether_the_deadline_is_met(tmp_path, deadline, stage, said
 
 @pytest.mark.parametrize("settings_type", [PlanSettings, PlanEmbedSettings])
 def test_a_deadline_that_passes_while_a_plan_is_made_does_not_refuse_it(tmp_path, monkeypatch, settings_type):
-    """The time was looked at again after the measurements, and the plan was lost."""
+    """The time used to be checked again after the measurements, and the plan was lost."""
 
     class AnHourLater(datetime):
         @classmethod
@@ -494,7 +494,7 @@ def test_a_deadline_that_passes_while_a_plan_is_made_does_not_refuse_it(tmp_path
 
 
 def test_a_sample_whose_captions_are_flagged_would_end_the_run_with_2(tmp_path):
-    """A plan took --max-flagged-fraction and did not look at it."""
+    """A plan used to accept --max-flagged-fraction and ignore it."""
     rows = [png(0)] * 24  # one image, and so one caption
     write_tar(tmp_path / "in" / "0.tar", {f"{n}": image for n, image in enumerate(rows)})
     for limit, is_said in ((0.5, True), (1.0, False)):

@@ -1,4 +1,4 @@
-"""What a command says: a terminal must not scroll, a log must not be flooded, and a program must parse it."""
+"""A command's output: a terminal must not scroll, a log must stay short, and programs must parse it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _as_before() -> Iterator[None]:
 
 @pytest.mark.parametrize("style", ["text", "quiet", "json"])
 def test_control_characters_of_names_and_captions_are_escaped(style, capsys):
-    """The name of a new file cleared the terminal in which `blip2 status` said that it was new."""
+    """The name of a new file used to clear the terminal in which `blip2 status` reported it."""
     choose_style(style)
     for said in (Console().result, Console().warn, Console().fail, Console().say, Console().error):
         said('1 new file: \x1b[2J\x9b2J\u202ea.jpg\n\t"b"')
@@ -54,7 +54,7 @@ def test_control_characters_of_names_and_captions_are_escaped(style, capsys):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_json_is_valid_in_every_encoding(encoding, monkeypatch):
-    """A stream that lacks é was given \\xe9, which no JSON has."""
+    """A stream without é used to get \\xe9, which is not valid JSON."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding)
     monkeypatch.setattr("sys.stdout", stream)
     text = "café … 🐈 \udcff \x9b2J"
@@ -66,7 +66,7 @@ def test_json_is_valid_in_every_encoding(encoding, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that a console sees, in a list of one."""
+    """The seconds that a console sees, in a list of one element."""
     now = [1000.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
@@ -74,7 +74,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @contextmanager
 def terminal(columns: int) -> Iterator[tuple[TextIO, list[str]]]:
-    """A terminal of some width, and a list that has what was written to it after the block."""
+    """A terminal of some width, and a list that holds the text written to it after the block."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     shown: list[str] = []
@@ -90,14 +90,14 @@ def terminal(columns: int) -> Iterator[tuple[TextIO, list[str]]]:
 
 
 def lines_of(written: str) -> list[str]:
-    """The lines that were drawn, without the codes for color and for the cursor."""
+    """Return the drawn lines without the codes for color and the cursor."""
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written))
 
 
 @pytest.mark.parametrize("trouble", [None, TROUBLE])
 @pytest.mark.parametrize("columns", [10, 40, 80, 120])
 def test_no_line_of_the_area_wraps(columns, trouble, monkeypatch):
-    """A line of 130 characters scrolled a terminal of 80 columns twice a second."""
+    """A line of 130 characters used to scroll a terminal of 80 columns twice a second."""
     monkeypatch.setenv("TERM", "xterm-256color")
     with terminal(columns) as (stream, shown):
         said = Console(stream)
@@ -106,7 +106,7 @@ def test_no_line_of_the_area_wraps(columns, trouble, monkeypatch):
             said.show(replace(NOW, trouble=trouble))
             assert said._area is not None
             said._area._live.refresh()
-    # The line that says how long the phase took is no part of the area, and stays as it is.
+    # The line with the duration of the phase is not part of the area, and stays unchanged.
     lines = [line for line in lines_of(shown[0]) if not line.startswith("fetching")]
     assert any(line.startswith("⠋ ") for line in lines)
     assert max(map(len, lines)) < columns
@@ -240,7 +240,7 @@ def test_json_lines_hold_what_people_would_read_and_more(clock):
 
 
 def test_a_terminal_without_the_characters_of_a_line_gets_others():
-    """With PYTHONIOENCODING=ascii the first line of progress ended the job with UnicodeEncodeError."""
+    """With PYTHONIOENCODING=ascii, the first line of progress used to end the job with UnicodeEncodeError."""
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, "ascii", newline="")
     write(stream, "1 · 2 … é\n")

@@ -1,4 +1,4 @@
-"""The line of progress, the rate, and how durations are said."""
+"""The line of progress, the rate, and the format of durations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_duration_has_at_most_two_units():
 
 
 def test_less_than_a_second_is_said_in_tenths():
-    """`200 rows in 1 s of work (399.2 rows/s)` contradicted itself, and so did `23 rows in 0 s`."""
+    """`200 rows in 1 s of work (399.2 rows/s)` used to contradict itself, and so did `23 rows in 0 s`."""
     assert [duration(s) for s in (0.04, 0.19, 0.501, 0.96, 1.4)] == ["0 s", "0.2 s", "0.5 s", "1 s", "1 s"]
 
 

@@ -1,4 +1,4 @@
-"""A run that is written without Ray and without an input, of rows that are known."""
+"""A run with known rows, written without Ray and without an input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_output(
     Args:
         shards: the rows of each shard; they are numbered here.
         unfinished: further shards, which have no file.
-        parts: of the fingerprint.
+        parts: the parts of the fingerprint.
     """
     settings = CaptionSettings(input=(str(root / "none"),), output=str(root))
     folder = Folder(settings.output)

@@ -89,7 +89,7 @@ def folder(tmp_path_factory) -> Folder:
 
 
 class Page(HTMLParser):
-    """The tags and the text of a page, as a browser parses them."""
+    """Collects the tags and the text of a page, as a browser parses them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_a_row_has_a_thumbnail_only_if_its_image_is_unchanged(tmp_path):
 
 
 def test_an_error_of_decoding_thumbnails_is_not_one_of_the_input(tmp_path, monkeypatch):
-    """The page lacked the thumbnails without a word."""
+    """The page used to lack the thumbnails silently."""
 
     def fail(*_: Any) -> Any:
         raise OSError("no processes are left")
@@ -198,7 +198,7 @@ def test_the_command_prints_the_summary_and_writes_the_page(folder, tmp_path, ca
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused_before_work(folder, tmp_path, capsys, flag, name, rule):
-    """All shards and pictures were read first, and the end was `[Errno 2] No such file or directory`."""
+    """All shards and pictures used to be read before `[Errno 2] No such file or directory`."""
     assert main(["report", folder.uri, f"--{flag}", name and str(tmp_path / name)]) == 3
     said = capsys.readouterr()
     assert said.out == ""
@@ -206,13 +206,13 @@ def test_a_file_that_cannot_be_written_is_refused_before_work(folder, tmp_path, 
 
 
 def test_the_page_and_the_card_are_two_files(folder, tmp_path, capsys):
-    """The card replaced the page."""
+    """The card used to replace the page."""
     assert main(["report", folder.uri, "--html", "a.md", "--card", "a.md"]) == 3
     assert "--card must be another file than --html, got a.md twice" in capsys.readouterr().err
 
 
 def test_a_bar_finds_the_rows_that_it_counts(folder):
-    """Bars end at 100 on both sides, and rows beyond were in none of them."""
+    """Bars end at 100 on both sides, and rows beyond used to be in none of them."""
     found = make_report(folder.uri)
     far = dataclasses.replace(found.samples[0], row={**found.samples[0].row, "logprob": -123.45, "fit": 1e9})
     outputs = Outputs(score=("fit=caption",), score_model="me/itm")
@@ -253,7 +253,7 @@ def test_an_output_without_captions_or_rows_is_counted():
 
 
 def test_times_of_files_decide_nothing(tmp_path):
-    """A copied output, whose files all are of one second, once reported 277,777 rows/s."""
+    """A copied output, whose files all have the same second, once reported 277,777 rows/s."""
     folder = write_run(tmp_path, num_tars=1)
     assert UNKNOWN in list(make_report(folder.uri).lines())
 
@@ -304,7 +304,7 @@ def test_named_outputs_are_counted(tmp_path):
 
 
 def test_vectors_are_counted_and_not_kept(tmp_path, monkeypatch):
-    """426 rows with the vectors of 32 queries took 1.6 GB and were 175 MB of JSON."""
+    """426 rows with the vectors of 32 queries used to take 1.6 GB and to become 175 MB of JSON."""
     folder = write_run(tmp_path, num_tars=2, outputs=Outputs(embed=("vector=vision",)))
     found = make_report(folder.uri)
     assert found.norms["vector"] == {2.24: 54} and len(found.samples) == 60
@@ -337,7 +337,7 @@ def test_every_status_that_is_not_ok_has_a_remedy():
 
 
 def test_a_command_in_an_error_stays_one_that_can_be_pasted_and_is_the_remedy():
-    """It was `pip install 'blipN-ray[heic]'`, next to the advice that the file is damaged."""
+    """It used to be `pip install 'blipN-ray[heic]'`, next to the advice that the file is damaged."""
     statistics = Statistics()
     error = "the image is HEIC, which needs pillow-heif; run: pip install 'blip2-ray[heic]'"
     row = {"key": "a", "status": "undecodable", "error": error, "flags": []}
@@ -347,7 +347,7 @@ def test_a_command_in_an_error_stays_one_that_can_be_pasted_and_is_the_remedy():
 
 
 def test_the_page_tells_of_the_last_start_that_had_a_worker(tmp_path):
-    """Of a start with nothing to do it showed no phases and no hardware."""
+    """After a start with nothing to do, the page used to show no phases and no hardware."""
     folder = write_run(tmp_path, num_tars=1)
     worked: dict[str, Any] = {"phases": {"start Ray": 1.5}, "hardware": {"cpus": 96.0}, "ready_s": 3.0}
     for minute, values in enumerate((worked, {})):

@@ -19,7 +19,7 @@ from pipeline.schema import output_schema
 
 
 def table(numbers: range) -> pa.Table:
-    """Rows whose log-probability falls with their number; 1 in 50 has failed, 1 in 40 is flagged."""
+    """Rows whose log-probability falls with their number; 1 in 50 has failed, and 1 in 40 is flagged."""
     rows: list[dict[str, Any]] = []
     for n in numbers:
         row: dict[str, Any] = {"key": str(n), "shard": "s", "row": n, "flags": [], "status": "failed"}
@@ -76,7 +76,7 @@ def test_a_score_may_still_replace_the_largest_that_is_kept():
 
 
 def test_the_smallest_are_the_same_in_parts_of_any_size():
-    """Which of several equal scores were kept depended on the sizes of the tables."""
+    """Which of several equal scores were kept used to depend on the sizes of the tables."""
     scores = np.random.default_rng(1).integers(0, 40, 2_000)
     expected = np.lexsort((np.arange(2_000), scores))[:70]
     for step in (1, 7, 100, 2_000):
@@ -88,7 +88,7 @@ def test_the_smallest_are_the_same_in_parts_of_any_size():
 
 
 def test_the_smallest_of_many_small_parts_are_held_in_few():
-    """A million rows that came one by one took 300 MB."""
+    """A million rows that came one by one used to take 300 MB."""
     smallest = Smallest(3 * MAX_PARTS)
     for n in range(2 * MAX_PARTS):
         smallest.add(np.array([-float(n)]), np.array([n]))

@@ -1,4 +1,4 @@
-"""`blip2 status` on outputs in the middle of a run and after it."""
+"""`blip2 status` on outputs during and after a run."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_watching_shows_a_run_again_until_its_driver_has_ended(folder, capsys, m
 
 @pytest.mark.parametrize("error", [errno.EPIPE, errno.ENOSPC])
 def test_watching_ends_when_nobody_reads(folder, monkeypatch, error):
-    """`blip2 status --watch | head -1` went on for as long as the run."""
+    """`blip2 status --watch | head -1` used to continue as long as the run."""
 
     def refuse(text: str) -> None:
         raise OSError(error, "x")
@@ -131,7 +131,7 @@ def test_watching_ends_when_nobody_reads(folder, monkeypatch, error):
 
 
 def test_watching_ends_if_nobody_could_ever_read(folder):
-    """`blip2 status --watch >&-` went on for as long as the run."""
+    """`blip2 status --watch >&-` used to continue as long as the run."""
     words = [sys.executable, "-m", "pipeline", "status", folder.uri, "--watch"]
     with Lease(folder):
         done = subprocess.run(["/bin/sh", "-c", f"exec {shlex.join(words)} >&-"], timeout=60)
@@ -163,7 +163,7 @@ def test_a_program_reads_how_far_a_run_is(folder, capsys):
 
 
 def test_a_driver_that_cannot_write_its_heartbeat_is_explained(folder, monkeypatch):
-    """While the disk is full, the last heartbeat in it says that all is well."""
+    """While the disk is full, the last stored heartbeat says that all is well."""
     with Lease(folder):
         os.utime(folder.path(LEASE), (1, 1))
         last = RunStatus.read(folder.uri).lines()[-1]
@@ -204,7 +204,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
 
 
 def test_a_job_that_was_refused_since_the_last_attempt_is_named(tmp_path, capsys):
-    """The log of a job goes with its cluster."""
+    """The log of a job is lost with its cluster."""
     folder = Folder(str(tmp_path))
     refusal = Refusal("2026-01-31T08:00:00.123+00:00", "blip2 caption", "1", "input must be a folder, got x")
     keep_refusal(folder, refusal)

@@ -1,4 +1,4 @@
-"""An output with a run must still take files: a driver whose heartbeats fail looks dead."""
+"""An output with a run must still be writable: a driver whose heartbeats fail looks dead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.inputs.test_changes import write_tar
 
 @pytest.mark.parametrize("scheme", ["local://", ""])
 def test_a_filesystem_that_moves_files_is_tested_also_for_a_run_that_has_begun(tmp_path, monkeypatch, scheme):
-    """Only a new run was refused on one that cannot replace a file."""
+    """Only a new run used to be refused on a file system that cannot replace files."""
     write_tar(Path(tmp_path) / "in/a.tar", "a0")
     output = f"{scheme}{tmp_path}/out"
     work(prepare_run(tmp_path, output=output))

@@ -1,4 +1,4 @@
-"""The bottleneck decides what a person changes: naming the wrong stage costs money and helps nothing."""
+"""Users act on the bottleneck: naming the wrong stage costs money and helps nothing."""
 
 import pytest
 
@@ -42,13 +42,13 @@ def test_a_short_run_names_none():
 def test_more_actors_are_advised_only_if_there_is_something_to_run_on(
     stage, cpus, accelerators, workers, advice
 ):
-    """On two cores the advice was more captioning actors, which would have shared the same two cores."""
+    """On two cores, the advice used to be more captioning actors, which would share the same cores."""
     machines = Machines(num_cpus=cpus, num_accelerators=accelerators, num_workers={stage: workers})
     assert advice in describe_bottleneck({stage: 0.9}, 3600, machines)
 
 
 def test_a_worker_that_is_gone_counts_no_longer_as_one_with_nothing_to_do():
-    """Workers of lost nodes made a stage look idle, and reading was named as the bottleneck."""
+    """Workers of lost nodes used to make a stage look idle, and reading was named as the bottleneck."""
     worker_loads = WorkerLoads()
     for second in range(1, 101):
         busy_s = {"a-1": min(second, 10.0), "b-1": max(0.0, second - 10.0)}

@@ -15,7 +15,7 @@ from pipeline.stages.coordinator import Coordinator
 
 
 def test_committers_take_no_process_before_the_stages_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray starts two processes at a time on two cores, and the model was loaded a second later."""
+    """Ray starts two processes at a time on two cores, so the model used to be loaded a second later."""
     monkeypatch.setattr(ray, "cluster_resources", lambda: pytest.fail("an actor is about to be started"))
     job: Any = SimpleNamespace(ledger=None, metadata={}, empty_schema=pa.schema([]))
     committers = Committers(job, coordinator=None)
@@ -23,7 +23,7 @@ def test_committers_take_no_process_before_the_stages_have_theirs(monkeypatch: p
 
 
 def test_a_commit_that_kills_its_process_each_time_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray started it again for ever, and nobody was told."""
+    """Ray used to restart it forever, and nobody was told."""
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     monkeypatch.setattr("pipeline.run.committers.tell_coordinator", lambda _: None)
     books = Coordinator()

@@ -1,4 +1,4 @@
-"""What ends the loop of a driver."""
+"""The events that end the loop of a driver."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_driver_whose_lease_was_taken_stops_at_once_and_writes_nothing(monkeyp
 
 @pytest.mark.parametrize("is_certain", [True, False])
 def test_no_commit_begins_while_another_driver_may_have_the_lease(is_certain):
-    """A driver that had been suspended began commits before its next heartbeat found the lease gone."""
+    """A suspended driver used to begin commits before its next heartbeat noticed the lost lease."""
     driver: Any = Driver.__new__(Driver)
     driver._lease = SimpleNamespace(is_certain=is_certain)
     driver._tracker = SimpleNamespace(take_complete=lambda: ["report"])
@@ -49,7 +49,7 @@ def test_what_is_finished_is_written_before_an_end_that_workers_have_named(monke
 
 
 def test_ray_job_stop_leaves_the_time_that_a_driver_takes_to_write():
-    """Ray kills a job 3 s after `ray job stop`, in the middle of its last commits."""
+    """Ray kills a job 3 s after `ray job stop`, which may be during its last commits."""
     for file in ("ray_cluster.yaml", "deploy/kubernetes/base/ray_cluster.yaml"):
         cluster = (Path(__file__).parents[3] / file).read_text()
         (seconds,) = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S(?:=|, value: \")(\d+)", cluster)

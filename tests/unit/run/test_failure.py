@@ -1,4 +1,4 @@
-"""What a person reads when Ray gives up: the cause, and nothing of what Ray wraps it in."""
+"""The message when Ray gives up: the cause, without what Ray wraps around it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_cause_alone_is_said(said, expected):
 
 
 def test_stage_node_and_file_are_said_of_a_worker_of_ray():
-    """An error said what was wrong, but not with which of ten thousand files."""
+    """The error used to say what was wrong, but not in which of ten thousand files."""
     with pytest.raises(PermissionError) as caught, noted("a wider block"), noted("reading /in/a.tar"):
         raise PermissionError(13, "no", "/in/a.tar")
     moved = pickle.loads(pickle.dumps(caught.value))
@@ -74,7 +74,7 @@ def test_the_note_of_the_innermost_block_counts():
 
 
 def test_a_job_ends_when_its_endpoint_refuses_the_key_for_long():
-    """It waited for ever. A store or an endpoint that is gone is waited for."""
+    """It used to wait forever, which is right only while a store or an endpoint is gone."""
     coordinator = Coordinator()
 
     def told(trouble: Trouble) -> Stopped | None:

@@ -1,4 +1,4 @@
-"""A hub model is looked up once: a hundred workers asked the hub, and a branch that had moved ended a run."""
+"""A hub model is looked up once: a hundred workers used to ask, and a moved branch ended a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIRST, SECOND = "1" * 40, "2" * 40
 
 
 class Hub:
-    """A hub whose main branch may move; it keeps what it is asked for."""
+    """A hub whose main branch may move, and which records its requests."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.main = FIRST
@@ -93,7 +93,7 @@ def scoring(tmp_path: Path, is_alone: bool, model: str) -> tuple[CaptionSettings
 
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_a_retrieval_checkpoint_is_pinned_too(tmp_path: Path, hub: Hub, is_alone: bool) -> None:
-    """Each worker asked the hub for it, and a branch that had moved ended the resume."""
+    """Each worker used to ask the hub for it, and a moved branch ended the resume."""
     hub.folder = save_tiny_retrieval_checkpoint(tmp_path / "retrieval")
     settings, engine = scoring(tmp_path, is_alone, "me/itm")
     job = prepare(settings, engine)
@@ -119,7 +119,7 @@ def test_a_run_with_a_revision_of_a_folder_resumes(tmp_path: Path, is_alone: boo
     job = prepare(plain, engine)
     job.ledger.begin(dataclasses.replace(job.run, settings=given.to_dict()))
     resumed = prepare(given, engine)
-    for shard in job.run.shards:  # a retry is of a finished run
+    for shard in job.run.shards:  # only a finished run can be retried
         job.ledger.folder.put(output_name(shard.name), b"")
     for again in (resumed, prepare_retry(RetrySettings(output=plain.output), engine)):
         assert again.settings.outputs.score_revision is None

@@ -1,4 +1,4 @@
-"""A signal ends a command with a sentence: at once before work, in good order while the job is at work."""
+"""A signal ends a command with a sentence: at once before work, and in good order during the job."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _usual_handlers() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_work_a_signal_ends_the_command_at_once(number):
-    """Ctrl-C during start-up was a traceback, and a hang-up killed the driver without a word."""
+    """Ctrl-C during start-up used to be a traceback, and a hang-up killed the driver silently."""
     before = signal.getsignal(number)
     stop = StopRequest()
     with stop.by_signals(), pytest.raises(Interrupted, match=f"stopped at once by {number.name}"):
@@ -40,7 +40,7 @@ def test_before_work_a_signal_ends_the_command_at_once(number):
 
 
 def test_a_signal_in_a_call_of_ray_is_the_signal_and_not_ctrl_c():
-    """SIGTERM while the driver looked at the cluster was a traceback, and the status of a Ctrl-C."""
+    """SIGTERM while the driver looked at the cluster used to be a traceback, with the status of Ctrl-C."""
     stop = StopRequest()
     with pytest.raises(Interrupted, match="stopped at once by SIGTERM"), stop.by_signals():
         try:
@@ -48,7 +48,7 @@ def test_a_signal_in_a_call_of_ray_is_the_signal_and_not_ctrl_c():
         except Interrupted:
             raise KeyboardInterrupt from None  # as `ray.get` does
     with pytest.raises(KeyboardInterrupt) as raised, StopRequest().by_signals():
-        raise KeyboardInterrupt  # of a library, without a signal
+        raise KeyboardInterrupt  # from a library, without a signal
     assert raised.type is KeyboardInterrupt
 
 
@@ -83,7 +83,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 def test_what_ray_does_to_the_handlers_is_undone():
-    """`ray.init` replaces the handler of SIGTERM: the job ended with status 15 and without a word."""
+    """`ray.init` replaces the handler of SIGTERM: the job used to end silently with status 15."""
     stop = StopRequest()
     with stop.by_signals(), stop.deferred():
         with keeping_handlers():
@@ -126,7 +126,7 @@ def test_a_library_that_does_not_return_holds_no_signal():
 
 
 def test_the_cursor_is_shown_when_a_command_is_ended_below_its_bars():
-    """The bars hide it; after Ctrl-C while Ray started, the shell had none."""
+    """The bars hide the cursor: after Ctrl-C during Ray's start, it used to stay hidden in the shell."""
     code = "import os; os.environ['TERM'] = 'xterm'; from pipeline.progress import Console\n"
     code += f"area = Console().area(); area.__enter__()\n{HELD}"
     ours, theirs = pty.openpty()
@@ -180,7 +180,7 @@ with signals.StopRequest(is_command=True).by_signals(), signals.StopRequest().by
     ids=["at_work", "before_work", "store_fails", "store_has_failed", "no_answer"],
 )
 def test_nothing_holds_a_command_that_was_stopped(limit, when, waits):
-    """A driver ran on for minutes after SIGTERM, until Ray or the operator killed it."""
+    """After SIGTERM, a driver used to run on for minutes, until Ray or the operator killed it."""
     code = HELD_LATER.format(limit=limit, when=when, waits=waits)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     assert ended.returncode == 143
@@ -190,7 +190,7 @@ def test_nothing_holds_a_command_that_was_stopped(limit, when, waits):
 
 
 def test_a_program_that_runs_a_job_is_never_ended(monkeypatch):
-    """Ctrl-C in a notebook ended the interpreter with all that it held, when the end took long."""
+    """If the end took long, Ctrl-C in a notebook used to end the interpreter and lose all its state."""
     monkeypatch.setattr(signals, "HANDLED_WITHIN_S", 0.0)
     monkeypatch.setattr(signals, "ENDED_SOON_WITHIN_S", 0.0)
     with pytest.raises(Interrupted), StopRequest().by_signals():

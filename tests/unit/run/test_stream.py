@@ -1,4 +1,4 @@
-"""A stream that is closed leaves no thread that calls Ray: `ray.shutdown` would end the process inside it."""
+"""A closed stream leaves no thread that calls Ray: `ray.shutdown` would end the process inside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.run.stream import ReceiptStream
 
 
 class StartingExecutor(threading.Thread):
-    """Takes no notice of a request to stop that comes before its start, like that of Ray Data."""
+    """Ignores a request to stop that comes before its start, as Ray Data does."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -24,7 +24,7 @@ class StartingExecutor(threading.Thread):
 
 
 class StartingDataset:
-    """Starts its executor only after somebody has asked it to stop."""
+    """Starts its executor only after it has been asked to stop."""
 
     def __init__(self) -> None:
         self.executor = StartingExecutor()

@@ -1,4 +1,4 @@
-"""What the driver knows of the open shards: a mistake here commits a shard too early, or never."""
+"""What the driver knows of the open shards: with a mistake, a shard is committed too early or never."""
 
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
@@ -43,7 +43,7 @@ def test_rows_that_arrive_twice_count_once():
 
 
 def test_no_rows_fail_when_receipts_overlap():
-    """After the deaths of the coordinator and a worker: "-5 failed"."""
+    """After the deaths of the coordinator and a worker, the count used to be "-5 failed"."""
     tracker = Tracker([open_shard()])
     tracker.add(receipt(0, 10))
     tracker.add(receipt(5, 15))
@@ -51,7 +51,7 @@ def test_no_rows_fail_when_receipts_overlap():
 
 
 def test_a_second_reading_that_ends_early_does_not_replace_the_first():
-    """Ray reads a shard again for lost blocks. The store failed then, and a whole shard became partial."""
+    """Ray reads a shard again for lost blocks. If the store failed then, a whole shard used to be partial."""
     tracker = Tracker([open_shard()])
     tracker.add_report(report_of(12))
     tracker.add_report(ShardReport(shard="a", num_rows=4, complete=False, reason="503"))
@@ -96,7 +96,7 @@ def test_an_input_that_fails_is_noticed_after_enough_rows():
 
 
 def test_a_resume_estimates_with_the_lengths_that_the_attempt_before_knew():
-    """The ETA of a run was unknown after each death of its driver, until a shard had been read to its end."""
+    """After each death of its driver, a run used to have no ETA until one shard was completely read."""
     tracker = Tracker([open_shard("a"), open_shard("b", done=[(0, 30)])], usual_rows=100)
     assert (tracker.mean_rows, tracker.estimate_rows_left()) == (100, 170)
     tracker.add_report(report_of(60))

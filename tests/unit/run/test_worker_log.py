@@ -1,4 +1,4 @@
-"""Messages of workers could not be told apart: of which run, node and shard each was."""
+"""Messages of workers name their run, node and shard, so that they can be told apart."""
 
 from __future__ import annotations
 

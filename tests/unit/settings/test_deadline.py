@@ -1,4 +1,4 @@
-"""When a job stops: too late loses what is in flight, too early wastes the machine."""
+"""When a job stops: too late loses rows in flight, too early wastes the machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_deadline_that_cannot_be_kept_is_refused(deadline):
     ["9999999999d", "9" * 5000 + "s", "999999999d", "4000d", "9999-01-01", "9999-12-31T23:59:59-12:00"],
 )
 def test_a_deadline_for_which_there_is_no_timer_is_refused(deadline):
-    """It was an OverflowError, in the settings or when the timer was set."""
+    """It used to be an OverflowError, in the settings or when the timer was set."""
     with pytest.raises(ValueError, match=f"at most 3,650 days from now, got {deadline}"):
         stop_time(deadline, NOW)
     with pytest.raises(ValueError, match="deadline must be"):

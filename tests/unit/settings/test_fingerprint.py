@@ -1,4 +1,4 @@
-"""Fingerprints and stored settings: a difference that is missed mixes rows of two models in one output."""
+"""Fingerprints and stored settings: a missed difference mixes rows of two models in one output."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_settings_survive_the_record():
 
 
 def test_a_refusal_fits_a_screen_and_says_nothing_for_none():
-    """A thousand inputs by a glob of the shell, and one more the next day, filled the screen."""
+    """A thousand inputs from a shell glob, and one more the next day, used to fill the screen."""
     inputs = [f"/in/{n:06d}.tar" for n in range(1000)]
     ours = Fingerprint({"input": inputs, "prompt": None, **{f"f{n}": n for n in range(20)}})
     with pytest.raises(FingerprintMismatch) as refusal:

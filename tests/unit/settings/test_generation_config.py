@@ -1,4 +1,4 @@
-"""A job takes options from `generation_config.json`, unless its run was begun without them."""
+"""A job takes options from `generation_config.json`, unless its run began without them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def ignoring(engine: EngineConfig) -> EngineConfig:
 
 
 def begin(job: Job) -> None:
-    """Begin a run, and leave it as if it were finished, so that it can be retried."""
+    """Begin a run and leave it as if it were finished, so that it can be retried."""
     job.ledger.begin(job.run)
     for shard in job.run.shards:
         job.ledger.folder.put(output_name(shard.name), b"")
@@ -69,7 +69,7 @@ def test_a_new_run_takes_them_and_its_fingerprint_says_so(tmp_path, engine):
 
 
 def test_a_run_of_a_version_without_them_goes_on_without_them(tmp_path, engine):
-    """Earlier versions did not read the file; half of the rows would have other options than the rest."""
+    """Earlier versions ignored the file, so half of the rows would have other options than the rest."""
     first = prepare(settings(tmp_path, ignoring(engine)))
     assert "generation_config" not in first.run.fingerprint.parts
     stored = dict(first.run.settings)
@@ -88,7 +88,7 @@ def test_a_run_of_a_version_without_them_goes_on_without_them(tmp_path, engine):
 
 
 def test_a_run_that_ignores_them_needs_the_flag_again(tmp_path, engine):
-    """Without it the command continued the run, and did not take the options that it had promised."""
+    """Without the flag, the command used to continue the run without the options that it had promised."""
     first = prepare(settings(tmp_path, ignoring(engine)))
     begin(first)
     with pytest.raises(FingerprintMismatch, match=r"generation_config\.num_beams: nothing -> 5"):

@@ -1,4 +1,4 @@
-"""Every command is the same job with other outputs, and its caption stage gets what the settings say."""
+"""Every command is the same job with other outputs, and its caption stage gets the settings' values."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def test_the_other_commands_are_the_same_job(command):
 
 
 def test_stored_settings_keep_the_names_of_the_first_version():
-    """A run that this version began must also resume with an older one, which knows no later name."""
+    """An older version, which knows no later name, must be able to resume a run of this version."""
     stored = json.loads(STORED_RUN.read_text())["settings"]
     settings = CaptionSettings(input=("in",), output="out", engine=EngineConfig(skip_self_test=True))
     values = settings.to_dict()
@@ -65,7 +65,7 @@ def test_the_image_size_is_in_the_fingerprint():
 
 
 def test_the_spec_has_everything_that_the_stage_needs():
-    """A setting that does not reach the stage is ignored without a word."""
+    """A setting that does not reach the stage is ignored silently."""
     engine, outputs = FakeEngineConfig(), Outputs(ask=("color=what?",))
     options, limits = GenerationOptions(num_beams=3), ImageLimits(max_pixels=9)
     settings = CaptionSettings(
@@ -98,7 +98,7 @@ def test_the_spec_has_everything_that_the_stage_needs():
     ids=lambda ids: next(iter(ids)),
 )
 def test_token_ids_that_the_model_does_not_have_are_refused_before_any_work(ids):
-    """Every row was refused, one after the other."""
+    """Every row used to be refused, one after another."""
     engine = EngineConfig(model="demo", device="cpu")
     info = engine.info()
     (name,) = ids
@@ -120,7 +120,7 @@ def test_two_kinds_of_prompt_are_refused():
 
 
 def test_an_empty_name_of_a_folder_is_refused():
-    """Python takes it for the working folder; names of runs and inputs go through `open_filesystem`."""
+    """Python reads it as the working folder; names of runs and inputs go through `open_filesystem`."""
     with pytest.raises(ValueError, match="into must be a folder on this machine, got ''"):
         ExportSettings(output="out", to="csv", into="")
     with pytest.raises(ValueError, match="output must be the name of a folder, got ''"):

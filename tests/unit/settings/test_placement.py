@@ -1,4 +1,4 @@
-"""What a user says about placement: contradictions are refused where they are given."""
+"""The settings of placement: contradictions are refused where they are given."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_wrong_value_is_refused_by_name(values: dict[str, Any], said: str) -> 
     "values", [{"gpus_per_actor": 1}, {"accelerator": "NPU=1"}, {"accelerator_type": "T4"}]
 )
 def test_an_accelerator_for_the_cpu_is_refused(values: dict[str, Any]) -> None:
-    """The actors took accelerators, and computed on CPUs next to them."""
+    """The actors used to reserve accelerators and to compute on CPUs next to them."""
     engine = EngineConfig(device="cpu")
     with pytest.raises(ValueError, match="device must be auto with"):
         CaptionSettings(input=("in",), output="out", placement=Placement(**values), engine=engine)

@@ -1,4 +1,4 @@
-"""What a retry takes over from the run, and what its own flags change."""
+"""What a retry copies from the run, and what its own flags change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.unit.inputs.run_without_ray import prepare_of_retry, run
 
 
 def test_a_retry_keeps_the_flags_of_the_run_unless_it_has_others(tmp_path):
-    """A retry of a run with 10 % of bad images exited with 2, and ran with one actor."""
+    """A retry of a run with 10 % of bad images used to exit with 2, and to run with one actor."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in/0.tar").write_bytes(tar_bytes([("a.jpg", b"good"), ("b.jpg", b"bad")]))
     run(tmp_path, max_failed_fraction=0.5, placement=Placement(max_actors=3, gpus_per_actor=0.5))

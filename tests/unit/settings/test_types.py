@@ -1,4 +1,4 @@
-"""Settings that Python makes are checked as those of a command line."""
+"""Settings made in Python are checked like those of a command line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ JOB: dict[str, Any] = {"input": ("in",), "output": "out"}
     ],
 )
 def test_a_value_of_another_type_is_refused_at_once(cls: Any, values: dict[str, Any], message: str) -> None:
-    """A text was a list of its letters, "no" was yes, and a wrong word surfaced as a KeyError of a worker."""
+    """A text used to become a list of letters, "no" meant yes, and a wrong word was a worker's KeyError."""
     with pytest.raises(ValueError, match=f"^{message}"):
         cls(**values)
 

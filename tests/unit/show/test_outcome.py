@@ -55,7 +55,7 @@ def job_of(folder: Folder, allowed_failed: float = 1.0, allowed_flagged: float =
 
 
 def outcome_lines(folder: Folder, done: Reconciliation, allowed_failed: float = 1.0) -> list[str]:
-    """What is said after the reconciliation."""
+    """The lines after the reconciliation."""
     said = io.StringIO()
     tell_outcome(Console(said), job_of(folder, allowed_failed), done)
     return said.getvalue().splitlines()[len(done.lines()) :]

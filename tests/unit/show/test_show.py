@@ -84,7 +84,7 @@ def test_rows_are_chosen(output, capsys, flags, expected):
 
 
 def test_kept_columns_of_every_type_are_searched_sorted_and_written(tmp_path, capsys):
-    """Large strings, which other libraries write, matched nothing; floats of 16 bits and UUIDs raised."""
+    """Large strings, which other libraries write, used to match nothing; float16 and UUIDs raised."""
     kept = {
         "large": pa.array(["stone", "needle", None], pa.large_string()),
         "half": pa.array([2.0, 1.0, None], pa.float16()),
@@ -111,7 +111,7 @@ def test_kept_columns_of_every_type_are_searched_sorted_and_written(tmp_path, ca
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_no_line_of_the_table_is_wider_than_the_terminal(output, width):
-    """Also with wide characters; and no control code reaches the terminal."""
+    """This includes wide characters; and no control code reaches the terminal."""
     found = FinishedRows.find(output)
     settings = ShowSettings(output=output)
     rows = [row for table in chosen(found.tables(), settings) for row in table.to_pylist()]
@@ -187,7 +187,7 @@ def test_an_output_without_finished_shards_is_refused(tmp_path, capsys):
 
 
 def test_a_closed_pipe_ends_the_reading_and_ray_is_not_imported(tmp_path):
-    """`| head` ended, and the command went on reading millions of rows."""
+    """After `| head` ended, the command used to continue reading millions of rows."""
     write_output(tmp_path, num_shards=1, rows_per_shard=100)
     code = (
         "import sys\n"

@@ -15,12 +15,12 @@ SIZE_PX = FakeEngineConfig().image_size_px
 
 
 def pixels_of(n: int) -> np.ndarray:
-    """Return uint8[S, S, 3] of one color, another one for every n."""
+    """Return uint8[S, S, 3] of one color, a different one for every n."""
     return np.full((SIZE_PX, SIZE_PX, 3), n, np.uint8)
 
 
 def decoded(images: Iterable[np.ndarray], **columns: Any) -> pa.Table:
-    """Return a table with images that were decoded; columns replace its own or are added."""
+    """Return a table with decoded images; the given columns replace its own or are added."""
     images = list(images)
     table = {
         "status": pa.array(["ok"] * len(images)),

@@ -27,7 +27,7 @@ def test_a_call_that_ends_is_forgotten():
 
 
 def test_what_a_worker_does_at_its_start_is_news_until_it_is_ready():
-    """For the minutes in which 15 GB are fetched, the terminal said "starting"."""
+    """During the minutes in which 15 GB are fetched, the terminal used to say "starting"."""
     coordinator: Any = Coordinator()
     remote = SimpleNamespace(starts=SimpleNamespace(remote=coordinator.starts))
     phases, other = logging.getLogger("blip2_actor.phases"), logging.getLogger("blip2_actor.engine")
@@ -56,7 +56,7 @@ def test_rows_that_ran_together_must_run_alone_and_a_row_fails_at_its_second_dea
     coordinator = Coordinator()
     coordinator.begin_call("call")
     coordinator.begin_call("call")
-    coordinator.begin_step("call", [4, 5, 6, 7])  # a death while it ran with others does not count
+    coordinator.begin_step("call", [4, 5, 6, 7])  # a death while others ran too does not count
     assert coordinator.begin_call("call").deaths_alone == {4: 0, 5: 0, 6: 0, 7: 0}
     for row in (4, 6, 6):
         coordinator.begin_step("call", [row])
@@ -73,10 +73,10 @@ def test_rows_that_were_written_need_not_run_alone():
 
 
 def run_until_done(killers: set[int], num_rows: int) -> tuple[set[int], int]:
-    """Run a call whose process dies on some rows; return the rows that failed and the number of deaths."""
+    """Run a call whose process dies on some rows; return the failed rows and the number of deaths."""
     coordinator = Coordinator()
     failed: set[int] = set()
-    coordinator.begin_call("call")  # the first run, all rows at once
+    coordinator.begin_call("call")  # the first run, with all rows at once
     if not killers:
         return failed, 0
     for deaths in range(1, 100):

@@ -58,14 +58,14 @@ def test_pieces_come_in_order_and_are_no_larger_than_requested(stage):
 
 
 def test_columns_of_views_are_kept(stage):
-    """Arrow takes no rows of a view: Polars writes its strings so, and the job ended."""
+    """Arrow takes no rows of a view, which is how Polars writes strings, so the job used to end."""
     views = {"text": pa.array(["a", "b"], pa.string_view()), "jpg": pa.array([b"1", b"2"], pa.binary_view())}
     table = stage()(table_of(2, **views))
     assert (table["text"].to_pylist(), table["jpg"].to_pylist()) == (["a", "b"], [b"1", b"2"])
 
 
 def test_a_kept_column_may_be_larger_than_a_chunk_of_arrow(stage):
-    """All rows of such a call failed: offset overflow while concatenating arrays."""
+    """All rows of such a call used to fail: offset overflow while concatenating arrays."""
     offsets = pa.py_buffer(np.array([0, 140 << 20], np.int32))
     large = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(bytes(140 << 20))])
     captioning = stage()
@@ -142,7 +142,7 @@ def test_decoding_keeps_the_failures_of_reading_and_drops_encoded_bytes(stage):
 
 @pytest.mark.parametrize("regenerate", [False, True])
 def test_rows_of_truncated_images_are_flagged_if_these_are_accepted(stage, regenerate):
-    """Regenerating a caption finds its flags anew, and must keep this one."""
+    """Regenerating a caption computes its flags again, and must keep this one."""
     jpeg = encode(noise(64, 64), "JPEG")
     table = pa.table({"image": [jpeg, jpeg[:-20], BROKEN]})
     captioning = stage(outputs=Outputs(regenerate=regenerate))
@@ -156,7 +156,7 @@ def test_rows_of_truncated_images_are_flagged_if_these_are_accepted(stage, regen
 
 
 def test_a_pil_image_has_the_size_and_the_pixels_of_its_file():
-    """Ray pickles it: its size was that before the EXIF turn, and a color of 16 bits was not transparent."""
+    """Ray pickles it: its size used to ignore the EXIF turn, and a color of 16 bits was not transparent."""
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = encode(noise(48, 20), "PNG", exif=exif)

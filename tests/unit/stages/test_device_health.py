@@ -1,4 +1,4 @@
-"""A device that hangs or fails: too early a verdict costs an accelerator, too late a one the whole job."""
+"""A device that hangs or fails: judged too early, it costs an accelerator; too late, the whole job."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_image_that_breaks_every_device_is_no_reason_to_leave_one_out():
 
 
 def test_a_failure_that_several_calls_meet_counts_once(monkeypatch):
-    """An engine that failed once under eight calls was left out as if it had failed eight times."""
+    """An engine that failed once under eight calls used to be excluded as if it had failed eight times."""
     coordinator = Coordinator()
     has_exited = threading.Event()
     stage: Any = write.WriteStage.__new__(write.WriteStage)
@@ -91,7 +91,7 @@ def test_a_failure_that_several_calls_meet_counts_once(monkeypatch):
         has_exited.wait(10)
         wait(calls, 0.1)
         failures = coordinator.news().failures
-        stage._giving_up.release(2)  # the process would be gone, and its threads with it
+        stage._giving_up.release(2)  # the process would end, with its threads
     assert [failure.number for failure in failures] == [1]
 
 
@@ -109,7 +109,7 @@ def test_a_row_that_was_captioned_shows_that_the_device_works():
 
 
 def test_a_worker_says_with_every_piece_how_busy_it_is(monkeypatch):
-    """A call may take as long as the run: the terminal had no figure for the stage that did all the work."""
+    """A call may take as long as the run: the terminal used to have no figure for the busiest stage."""
     coordinator, busy_s = Coordinator(), list[float]()
     engine: Any = SimpleNamespace(busy_s=0.0)
 

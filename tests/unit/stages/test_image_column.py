@@ -1,4 +1,4 @@
-"""Every column that Ray, Arrow and the datasets library have for images is read, or refused by its name."""
+"""Every image column of Ray, Arrow and the datasets library is read, or refused by name."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_bytes(column):
     ids=str,
 )
 def test_other_columns_are_refused_by_name(type, reason):
-    """The job began, and ended with the bytes of an image in its message."""
+    """The job used to start, and end with the bytes of an image in its message."""
     with pytest.raises(ValueError, match="image") as error:
         require_images("image", type)
     assert reason in str(error.value)
@@ -87,7 +87,7 @@ def test_other_columns_are_refused_by_name(type, reason):
 
 @pytest.mark.parametrize("type", [pa.int64(), pa.binary(), np.dtype(np.int64)], ids=str)
 def test_prompts_that_are_no_text_are_refused_by_name(type):
-    """The job began, and ended with "'int' object has no attribute 'lower'"."""
+    """The job used to start, and end with "'int' object has no attribute 'lower'"."""
     with pytest.raises(ValueError, match=f"prompt_column must hold text, got 'p' of type {type}; convert it"):
         require_text("prompt_column", "p", type)
 
@@ -98,7 +98,7 @@ def test_prompts_may_be_text_of_every_kind(type):
 
 
 def test_paths_and_texts_are_addresses_of_images():
-    """A path was opened while the column was read, without the guard for URLs and one after the other."""
+    """Paths used to be opened while the column was read: one by one, and without the guard for URLs."""
     column = pa.array([{"bytes": None, "path": "http://a/b.png"}, {"bytes": b"abc", "path": "c.png"}, None])
     assert read(column) == [Address("http://a/b.png"), b"abc", None]
     texts = pa.array([" a.png\n", "", None], pa.string_view())
@@ -125,7 +125,7 @@ def test_the_digest_is_of_bytes_or_pixels():
 
 
 def test_the_digest_of_an_image_with_a_palette_is_of_its_colors():
-    """Images of one shape and other colors had the same sha256, and so were duplicates of each other."""
+    """Images of one shape and other colors used to have the same sha256, and so to be duplicates."""
     red, green = Image.fromarray(GRAY * 0).convert("P"), Image.fromarray(GRAY * 0).convert("P")
     red.putpalette([255, 0, 0])
     green.putpalette([0, 255, 0])

@@ -1,4 +1,4 @@
-"""Scores by a retrieval checkpoint: next to the captioning engine, or as the only output of a run."""
+"""Scores from a retrieval checkpoint: next to the captioning engine, or as a run's only output."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A value in the wrong column or row, or an image encoded twice, would only show in a week's results."""
+"""A value in the wrong column or row, or an image encoded twice, would only show after a week of work."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ def stage() -> Iterator[Callable[..., CaptionStage]]:
 
 
 def vector(image: np.ndarray, kind: EmbedKind) -> list:
-    """Return the right vector of an image."""
+    """Return the expected vector of an image."""
     features = fake_features(image)
     assert features.pooler_output is not None and features.qformer_features is not None
     if kind == "vision":
@@ -76,7 +76,7 @@ def test_the_real_engine_encodes_each_image_once(stage):
 
 
 def test_images_are_released_with_their_piece(stage, monkeypatch):
-    """An encoded image holds memory of the device, and a call has hundreds of them."""
+    """An encoded image holds device memory, and a call has hundreds of them."""
     images = np.asarray(draw(SceneSampler("held_out", 0).sample(6), 64))
     outputs = Outputs.of(ASKS, {"mean": "qformer"})
     captioning = stage(outputs, engine=DEMO, options=GenerationOptions(max_new_tokens=3))
@@ -119,7 +119,7 @@ def test_each_row_has_its_own_prompt_next_to_the_asks(stage):
 
 
 def test_several_captions_are_made_but_one_text_per_answer(stage, monkeypatch):
-    """More texts per answer would take slots and be thrown away."""
+    """More texts per answer would take slots and be discarded."""
     options = GenerationOptions(num_beams=3, num_return_sequences=3)
     captioning = stage(Outputs.of(ASKS), options=options)
     seen: list[GenerationOptions] = []
@@ -155,7 +155,7 @@ def test_pieces_have_the_outputs_that_are_made_for_several_rows_at_once(stage):
 
 
 def test_rows_are_left_out_when_the_job_stops_while_its_endpoint_is_gone(stage, monkeypatch):
-    """It is no fault of the engine, which would end the process and count against these rows."""
+    """This is not an engine fault, which would end the process and count against these rows."""
     captioning = stage(Outputs.of(embeds=EMBEDS))
     table = decoded(map(pixels_of, range(4)))
     features = captioning.actor.engine.features

@@ -43,7 +43,7 @@ def test_identical_images_are_captioned_once_on_request(stage):
 
 
 def test_identical_bytes_with_other_pixels_or_another_prompt_are_another_image(stage):
-    """Images of one palette index had the caption of the first, whatever color their palettes give it."""
+    """Images of one palette index used to get the first one's caption, whatever color their palettes give."""
     images, prompts = [pixels_of(0), pixels_of(0), pixels_of(1)], ["one", "two", "two"]
     table = decoded(images, own_prompt=prompts, sha256=pa.array([b"same"] * 3))
     captioning = stage(prompt_column="own_prompt", reuse_identical=True)
@@ -72,7 +72,7 @@ def test_calls_of_several_threads_share_one_request(stage, tmp_path):
 
 
 class Submissions:
-    """Requests that have been submitted to no engine; a test sets their results."""
+    """Records requests instead of submitting them to an engine; a test sets their results."""
 
     def __init__(self) -> None:
         self.futures: list[Future[Result]] = []

@@ -1,4 +1,4 @@
-"""Results become columns: vectors with nulls for rows that failed; a row that fits none fails alone."""
+"""Results become columns: vectors with nulls for failed rows; a row that fits no column fails alone."""
 
 import io
 
@@ -19,7 +19,7 @@ from tests.unit.stages.decoded_tables import decoded, pixels_of
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3)])
 def test_vectors_and_nulls_survive_parquet_and_arrow_files(shape):
-    """As plain lists: pyarrow before version 26 cannot read fixed-size lists with a null."""
+    """They are stored as plain lists: pyarrow before version 26 cannot read fixed-size lists with a null."""
     kind: pa.DataType = pa.float32()
     for _ in shape:
         kind = pa.list_(kind)
@@ -48,7 +48,7 @@ def result(text: str) -> RowResult:
 
 
 def test_a_text_that_is_no_utf8_fails_alone():
-    """Its surrogate made pyarrow raise in the captioning process, which ended the job."""
+    """Its surrogate used to make pyarrow raise in the captioning process, which ended the job."""
     table = decoded(
         map(pixels_of, range(5)),
         key=pa.array("abcde"),
@@ -80,7 +80,7 @@ def test_a_text_that_is_no_utf8_fails_alone():
     ids=str,
 )
 def test_kept_lists_of_nulls_without_a_type_can_be_written(type, value):
-    """Arrow 26 makes too few nulls in a cast: such rows could not be written, and failed."""
+    """Arrow 26 makes too few nulls in a cast, so such rows could not be written, and used to fail."""
     table = decoded(
         map(pixels_of, range(4)),
         key=pa.array("abcd"),

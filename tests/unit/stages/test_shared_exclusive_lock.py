@@ -1,4 +1,4 @@
-"""A call that must run alone must not wait forever, nor run next to another one."""
+"""A call that must run alone must neither wait forever nor run next to another one."""
 
 import threading
 

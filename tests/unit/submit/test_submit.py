@@ -1,4 +1,4 @@
-"""What `blip2 submit` refuses and sends, without a cluster."""
+"""What `blip2 submit` refuses and what it sends, without a cluster."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(arguments, status, said, caps
 
 
 def test_an_address_in_the_environment_is_checked_as_the_flag_is(capsys, monkeypatch):
-    """The whole of it was looked up as a host, and the cluster said to be unreachable."""
+    """The whole address used to be looked up as a host, and the cluster reported as unreachable."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "127.0.0.1:8265")
     assert main(["submit", "caption", "--input", IN, "--output", OUT]) == 3
     assert "RAY_API_SERVER_ADDRESS must be that of the dashboard" in capsys.readouterr().err
@@ -98,7 +98,7 @@ PATHS = {
     "keys": (*RETRY, "--keys"),
     "endpoint_key_file": (*CAPTION, "--endpoint", "http://captions:8000", "--endpoint-key-file"),
 }
-"""For each setting that names a file or a folder, a command line that a path completes."""
+"""For each setting that names a file or a folder: a command line to complete with a path."""
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,12 @@ def test_an_option_of_a_uri_may_be_a_password(sent):
 
 
 def test_a_checkpoint_that_every_machine_knows_by_name_is_taken(sent):
-    for model in ("demo", "Salesforce/blip2-opt-2.7b"):  # a folder demo is there, and the name means another
+    for model in ("demo", "Salesforce/blip2-opt-2.7b"):  # a folder demo exists, but the name means the model
         sent(*CAPTION, "--model", model)
 
 
 def test_every_flag_of_a_job_that_names_a_file_is_checked():
-    """A flag that is new must be decided: the help of one that names a file begins with what it is."""
+    """A new flag needs a decision: the help of one that names a file begins with the kind of file."""
     of_jobs = [command.settings for name, command in COMMANDS.items() if name.split()[0] in JOBS]
     names = {
         name
@@ -171,7 +171,7 @@ def test_a_path_in_a_configuration_file_is_checked_too(sent):
 
 @pytest.mark.parametrize("flags", ["--json -v", "-q", "--json --log-level info", "-q -v --num-beams 2"])
 def test_a_job_with_a_configuration_file_has_all_its_flags(flags, sent):
-    """--json, -v and -q were left out of the command that is sent."""
+    """--json, -v and -q used to be left out of the command that is sent."""
     Path("blip2.toml").write_text("[caption]\nmax-new-tokens = 5\n")
     arguments = [*CAPTION, "--config", "blip2.toml", *flags.split()]
     _, sent_flags = parse(sent(*arguments).arguments)
@@ -207,7 +207,7 @@ def test_the_name_of_a_job_is_that_of_its_output():
     [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", None, 1), ("FAILED", -9, 1), ("STOPPED", None, 143)],
 )
 def test_the_last_line_of_json_has_the_exit_status_of_the_command(ended, code, status, capsys):
-    """A job that was stopped had no such line."""
+    """A stopped job used to have no such line."""
     choose_style("json")
     try:
         assert _end(ended, code, command(OUT), "blip2-1", Console()) == status
@@ -230,7 +230,7 @@ def test_only_the_packages_are_sent():
 
 
 class Client:
-    """The part of Ray's client that is used, with jobs in memory."""
+    """The used part of Ray's client, with jobs in memory."""
 
     def __init__(self, **jobs: str) -> None:
         self.jobs = {name.replace("_", "-"): status for name, status in jobs.items()}
@@ -280,7 +280,7 @@ def test_attempts_are_numbered_and_one_that_runs_is_found():
 
 
 def test_the_next_attempt_has_a_new_number_although_an_earlier_one_was_deleted():
-    """After `ray job delete`, the number of attempts was that of one that is still there."""
+    """After `ray job delete`, the number of attempts used to be that of an existing attempt."""
     job = command(OUT)
     client: Any = Client()
     for there in (["-2"], ["-2", "-10"], [""], ["", "-3"], ["-other"]):
@@ -290,7 +290,7 @@ def test_the_next_attempt_has_a_new_number_although_an_earlier_one_was_deleted()
 
 
 def test_a_cluster_that_does_not_take_a_job_says_why(monkeypatch):
-    """Somebody else may submit the same command at the same time. It ended with a traceback."""
+    """Another user may submit the same command at the same time, which used to end in a traceback."""
     job = command(OUT)
     client: Any = Client()
     client.jobs = {job.submission_id: "RUNNING"}
@@ -307,7 +307,7 @@ def test_a_cluster_that_does_not_take_a_job_says_why(monkeypatch):
 
 
 def test_a_token_that_is_missing_is_said(monkeypatch):
-    """The error of Ray's client is no OSError: the command ended with a traceback."""
+    """The error of Ray's client is not an OSError, so the command used to end with a traceback."""
 
     def deny() -> None:
         raise AuthenticationError("Authentication required: no token\n\nMore")
@@ -320,7 +320,7 @@ def test_a_token_that_is_missing_is_said(monkeypatch):
 
 @pytest.mark.parametrize("error", [RuntimeError("lost"), ServerDisconnectedError()], ids=repr)
 def test_the_log_is_written_once_although_the_connection_breaks(error, monkeypatch):
-    """A proxy or a tunnel before the dashboard breaks it by an error of aiohttp, which ended the command."""
+    """A proxy or tunnel breaks the connection with an aiohttp error, which used to end the command."""
     monkeypatch.setattr("pipeline.submit.cluster_job.POLL_S", 0.0)
     client: Any = Client(job="SUCCEEDED")
     client.breaks_by = error

@@ -1,4 +1,4 @@
-"""What a run says of its cluster: who was lost and who came back, by name, and what is awaited."""
+"""Messages about a cluster's members: who was lost, who came back, and what the run waits for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def worker(state: str = RUNS, pid: int = 7, node: str = "a", stage: str = "capti
 
 
 class Told:
-    """Takes views, and keeps what is said of each."""
+    """Takes views, and records the messages about each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, is_local: bool = False, says: str = "") -> None:
         monkeypatch.setattr(members_module, "autoscaler_says", lambda: says)
@@ -101,7 +101,7 @@ def test_workers_that_are_let_go_and_nodes_that_are_stopped_are_not_lost(monkeyp
     ],
 )
 def test_what_is_awaited_since_when_and_the_words_of_the_autoscaler(workers, awaited, monkeypatch):
-    """A run with no accelerator to be had was silent."""
+    """A run for which no accelerator was available used to be silent."""
     monkeypatch.setattr(members_module, "at", lambda moment: "T")
     told = Told(monkeypatch, says="; scaling")
     told({"a": A}, **workers)
@@ -110,13 +110,13 @@ def test_what_is_awaited_since_when_and_the_words_of_the_autoscaler(workers, awa
 
 @pytest.mark.parametrize(("is_local", "first_s"), [(False, 10), (True, 60)])
 def test_a_wait_of_a_local_ray_is_said_only_when_it_is_long(is_local, first_s, monkeypatch):
-    """The phases of the start tell of a model that loads; a local run said so in several lines more."""
+    """The phases of the start report a loading model, which a local run used to repeat in several lines."""
     now, said = 0.0, []
     monkeypatch.setattr(members_module, "Reminder", functools.partial(Reminder, clock=lambda: now))
     told = Told(monkeypatch, is_local=is_local)
     for second in range(65):
         now = float(second)
-        # Workers are asked for, then one loads the model before the other one does.
+        # workers are requested, then one loads the model before the other
         first, other = LOADS if second > 20 else WAITS, LOADS if second > 40 else WAITS
         said += [(second, line) for line in told({"a": A}, x=worker(first), y=worker(other))]
     assert said[0][0] == first_s and said[0][1].startswith("waiting for ")
@@ -124,7 +124,7 @@ def test_a_wait_of_a_local_ray_is_said_only_when_it_is_long(is_local, first_s, m
 
 
 def actor(state: str, pid: int = 7, node: str = "a", reason: int | None = None) -> dict[str, Any]:
-    """An actor as Ray's table has it."""
+    """Return an actor as Ray lists it."""
     from ray.core.generated.common_pb2 import ActorDeathCause, ActorDiedErrorContext
 
     cause = None

@@ -1,4 +1,4 @@
-"""A wait is said once it has lasted, at once when its reason changes, and ever less often."""
+"""A wait is reported once it has lasted, at once when its reason changes, and ever less often."""
 
 from __future__ import annotations
 
