@@ -1,4 +1,4 @@
-"""The browser that all pages are tested in."""
+"""The browser in which all pages are tested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
 """A camera that shows a test picture, and that every page may use."""
 
 EXPECT_MS = 20_000
-"""How long `expect` waits; its own 5 s are short for a model on a busy machine."""
+"""How long `expect` waits; its default of 5 s is too short for a model on a busy machine."""
 
 
 @contextmanager

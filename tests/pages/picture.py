@@ -1,4 +1,4 @@
-"""Make pictures of `docs/images/` anew, each of a real run of the demonstration.
+"""Make the pictures of `docs/images/` anew, each from a real run of the demonstration.
 
 python -m tests.pages.picture [report] [terminal]
 
@@ -29,7 +29,7 @@ from tests.pages.conftest import open_browser
 IMAGES = Path(__file__).parents[2] / "docs/images"
 VIEWPORT: ViewportSize = {"width": 1280, "height": 900}
 COLORS = 128
-"""Of the stored pictures; a third of their bytes, and no difference to the eye."""
+"""Number of colors of the stored pictures; a third of their bytes, and no difference to the eye."""
 COLUMNS, LINES, WINDOW_PX = 80, 24, 1000
 COMMAND = "blip2 demo --num-images 6000"
 HALF_WAY = re.compile(r"^([23],\d{3}) images · .* ETA", re.MULTILINE)
@@ -62,7 +62,7 @@ def make_terminal() -> None:
 
 @contextlib.contextmanager
 def tmux() -> Iterator[Callable[..., str]]:
-    """Start a terminal, and yield what sends commands to its server; it ends with the block."""
+    """Start a terminal, and yield a function that sends commands to its server; end it after the block."""
     server = ["tmux", "-L", f"picture-{os.getpid()}", "-f", os.devnull]
 
     def ask(*words: str) -> str:
@@ -93,7 +93,7 @@ PICTURES = {"report": make_report, "terminal": make_terminal}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # The heading of the report is the path of its output.
+        os.chdir(folder)  # the heading of the report is the path of its output
         for name in sys.argv[1:] or PICTURES:
             PICTURES[name]()
         os.chdir("/")

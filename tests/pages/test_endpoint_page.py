@@ -45,7 +45,7 @@ TIMEOUT_S = 20
 
 
 class HeldService(EngineService):
-    """Holds streams after their first piece, as a slow model would, until the test lets them go on."""
+    """Holds streams after their first piece, as a slow model would, until the test releases them."""
 
     def __init__(self, engine: EngineBuilder) -> None:
         policy = FetchPolicy(hosts=(), max_bytes=5 << 20)
@@ -80,7 +80,7 @@ class Endpoint:
 
 
 class Opened:
-    """The page in a browser, with everything that must not happen on it."""
+    """The page in a browser, with records of everything that must not happen on it."""
 
     def __init__(self, browser: Browser, url: str, size=DESKTOP, scheme="light", **options) -> None:
         self.context = browser.new_context(
@@ -154,7 +154,7 @@ def opened(browser, endpoint) -> Iterator[Opened]:
 
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "light"), (DESKTOP, "dark")])
 def test_the_page_fits_and_has_no_serious_fault(browser, endpoint, size, scheme):
-    """Before an answer and with everything that an answer can have."""
+    """The page before an answer, and with everything that an answer can have."""
     shown = Opened(browser, endpoint.url, size, scheme)
     for is_answered in (False, True):
         if is_answered:
@@ -204,7 +204,7 @@ def test_a_request_can_be_stopped(opened, service):
     service.go_on.clear()
     opened.choose(scene()[0])
     expect(opened.page.locator("#caption")).to_have_text(re.compile("^an?"))
-    with opened.page.expect_event("requestfailed") as failed:  # the service sees that the caller has left
+    with opened.page.expect_event("requestfailed") as failed:  # the service notices that the caller has left
         opened.page.click("#stop")
     assert failed.value.url.endswith("/v1/caption")
     expect(opened.page.locator("#caption")).to_have_text("Stopped.")
@@ -383,7 +383,7 @@ def test_the_keyboard_alone_is_enough(opened, tmp_path):
     assert opened.page.evaluate(focused) == "file"
     assert opened.page.evaluate("getComputedStyle(document.getElementById('drop')).outlineStyle") == "solid"
     with opened.page.expect_file_chooser() as chooser:
-        # A key could reach the page before the order to report its choosers does; a script cannot.
+        # A key could reach the page before the request to report its choosers; a script cannot.
         opened.page.evaluate("0")
         keyboard.press("Enter")
     chooser.value.set_files(tmp_path / "photo.png")
@@ -396,7 +396,7 @@ def test_the_keyboard_alone_is_enough(opened, tmp_path):
 
 
 def test_a_screen_reader_hears_whole_texts_once(opened, service):
-    """The growing text is not announced; the state and the whole answer are."""
+    """The growing text is not announced, but the state and the whole answer are."""
     image, caption = scene()
     status = opened.page.get_by_role("status")
     service.go_on.clear()

@@ -42,7 +42,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
 
 
 class Opened:
-    """A page that a browser shows, with everything that must not happen on it."""
+    """A page in a browser, with records of everything that must not happen on it."""
 
     def __init__(self, browser: Browser, file: Path, size=DESKTOP, scheme="light") -> None:
         self.context = browser.new_context(
@@ -57,12 +57,12 @@ class Opened:
         self.page.goto(file.as_uri())
 
     def keys(self) -> list[str]:
-        """The keys of the cards that are shown, in order."""
+        """Return the keys of the visible cards, in order."""
         found = "[...document.querySelectorAll('#sheet > li')].filter(c => !c.hidden).map(c => c.dataset.key)"
         return self.page.evaluate(found)
 
     def number(self, name: str) -> list[float]:
-        """The values of the cards that are shown, in order; cards without the value are left out."""
+        """Return the values of the visible cards, in order; cards without the value are left out."""
         shown = "[...document.querySelectorAll('#sheet > li')].filter(c => !c.hidden && name in c.dataset)"
         return self.page.evaluate(f"(name) => {shown}.map(c => Number(c.dataset[name]))", name)
 
@@ -73,7 +73,7 @@ class Opened:
         )
 
     def wait_for_focus(self, key: str) -> None:
-        """Wait until the card of `key` has the focus: a closed dialog gives it back in a later task."""
+        """Wait until the card of `key` has the focus, which a closed dialog returns in a later task."""
         has_focus = "(key) => document.activeElement.closest('li')?.dataset.key === key"
         self.page.wait_for_function(has_focus, arg=key)
 
@@ -89,7 +89,7 @@ def opened(browser, pages) -> Iterator[Opened]:
 @pytest.mark.parametrize("name", ["report", "compare"])
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "light"), (DESKTOP, "dark")])
 def test_a_page_fits_and_has_no_serious_fault(browser, pages, name, size, scheme):
-    """Nothing is wider than the screen, nothing is loaded, hostile texts do nothing, axe-core is content."""
+    """Nothing is wider than the screen or loaded, hostile texts do nothing, and axe-core finds no fault."""
     shown = Opened(browser, pages[name], size, scheme)
     assert shown.page.evaluate("document.documentElement.scrollWidth") <= size[0]
     found = Axe().run(shown.page).response["violations"]
@@ -101,7 +101,7 @@ def test_a_page_fits_and_has_no_serious_fault(browser, pages, name, size, scheme
 
 @pytest.mark.parametrize("name", ["report", "compare"])
 def test_a_phone_shows_every_column_without_scrolling(browser, pages, name):
-    """The remedy of a failure, the last column, stood outside the screen, next to empty lines."""
+    """The remedy of a failure, the last column, used to be outside the screen, next to empty lines."""
     shown = Opened(browser, pages[name], PHONE)
     cut = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
     assert shown.page.evaluate(f"{cut}.map(e => e.ariaLabel)") == []
@@ -109,7 +109,7 @@ def test_a_phone_shows_every_column_without_scrolling(browser, pages, name):
 
 
 def test_the_filters_stay_on_top_of_what_they_filter_only(opened):
-    """They covered the first lines of every later section."""
+    """They used to cover the first lines of every later section."""
     page, top = opened.page, "document.querySelector('.controls').getBoundingClientRect().top"
     page.locator("#sheet > li").last.scroll_into_view_if_needed()
     assert page.evaluate(top) == 0
