@@ -82,10 +82,12 @@ class Fingerprint:
     def differences(self, other: Fingerprint) -> list[str]:
         """Return one phrase per difference: "name: value in other -> value here"."""
         theirs, ours = dict(_flat(other.parts)), dict(_flat(self.parts))
+        names = sorted(theirs.keys() | ours.keys())
+        filled = {name for name in names if any(longer.startswith(f"{name}.") for longer in names)}
         return [
             f"{name}: {_shown(theirs.get(name))} -> {_shown(ours.get(name))}"
-            for name in sorted(theirs.keys() | ours.keys())
-            if theirs.get(name, _MISSING) != ours.get(name, _MISSING)
+            for name in names
+            if theirs.get(name, _MISSING) != ours.get(name, _MISSING) and name not in filled
         ]
 
     def require_same(self, other: Fingerprint, output: str) -> None:

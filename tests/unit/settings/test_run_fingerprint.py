@@ -73,6 +73,16 @@ def test_quantization_changes_the_fingerprint_and_is_stored():
     assert "quantize" not in CaptionSettings(input=("in",), output="out").to_dict()["engine"]
 
 
+def test_the_first_entry_of_a_mapping_is_one_difference():
+    """The empty mapping before it used to be another one: `outputs.ask: {} -> nothing`."""
+    asking = fingerprint(outputs=Outputs.of({"color": "what color?"}, None, None))
+    changed = [
+        "outputs.ask.color: nothing -> 'what color?'",
+        "outputs.columns: ['caption'] -> ['caption', 'color']",
+    ]
+    assert asking.differences(fingerprint()) == changed
+
+
 def test_an_entry_of_that_name_elsewhere_stays():
     parts = {"options": {"seed": 0}, "seed": 0}
     assert Fingerprint.of(parts, {"seed": 0}).parts == {"options": {"seed": 0}}
