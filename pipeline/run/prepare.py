@@ -208,7 +208,7 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
         ledger=ledger.of(run),
         run=run,
         redone=redone,
-        # Slices do not revise: they would write one record at the same time, and only stamps can differ.
+        # Slices do not revise: they would write one record at the same time, and lose only stamps and hosts.
         is_revised=run != job.run and job.run_slice is None,
         notes=tuple(changes.lines(is_start=True, is_added=takes_new)),
     )
