@@ -227,7 +227,7 @@ def test_a_cluster_with_fields_that_ray_drops_is_taken(dropped: dict[str, Any]) 
             r"timeout Un.* \(got 3\); did you mean timeout_s\?$",
         ),
         (lambda c: c["applications"][0]["args"]["engine"].update(modle="x"), "modle"),
-        (lambda c: c["applications"][0]["args"]["options"].update(num_beams=0), "num_beams"),
+        (lambda c: c["applications"][0]["args"]["options"].update(num_beams=0), "py: options num_beams must"),
     ],
 )
 def test_a_key_that_serve_would_ignore_is_refused_by_name(change: Any, named: str) -> None:
