@@ -305,9 +305,11 @@ def test_out_of_memory_in_the_step_itself_halves_the_slots(
     folder, failures = checkpoint_folder("opt"), [torch.OutOfMemoryError("step")] * 3
     with make_engine(folder) as engine:
         capture, decode = tape.capture, engine.model.language_model.decode
+        images = engine._core.runner.encoders._replay
+        assert images is not None
 
         def fail_twice(step: Callable[[], None]) -> Callable[[], None]:
-            if len(failures) > 1:
+            if len(failures) > 1 and step != images._encode:  # a full batch of images may be captured first
                 raise failures.pop()
             return capture(step)
 
